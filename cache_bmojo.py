@@ -1,0 +1,364 @@
+"""The cache of B'MOJO: what one sequence needs to go on, of a size that does not grow with the sequence."""
+
+import json
+from collections.abc import Callable
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .ops_bmojo import at_least_float32
+
+
+_FINGERPRINT = (  # what a saved cache must agree on with the model that goes on with it
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim layers_block_type ssm_type sliding_window "
+    "state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups eidetic_size eidetic_chunk_size "
+    "eidetic_position innovation_predictor innovation_kernel fading_span tie_attn_weights use_qk_norm rope_parameters"
+).split()
+_MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and further while the log holds fewer tokens
+
+
+def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name, shape of one row, and kind of every tensor in the state of a layer of that type.
+
+    Kinds: "model", the dtype of the activations; "wide", that dtype but at least float32; "int64". The tensors of
+    `full_attention` are the only ones that grow: their first axis, 0 here, is the number of columns seen.
+
+    The window's ring holds w + c tokens, since a token that has left the window may wait c tokens for the next chunk
+    boundary; the fading ring 2w.
+    """
+    kind = config.ssm_type if layer_type == "bmojo" else layer_type
+    shapes = {}
+    if kind in ("mamba", "mamba2"):
+        if kind == "mamba2":
+            inner = config.mamba_num_heads * config.mamba_head_dim
+            channels = inner + 2 * config.n_groups * config.state_size
+            state = (config.mamba_num_heads, config.mamba_head_dim, config.state_size)
+        else:
+            channels = config.expand * config.hidden_size
+            state = (channels, config.state_size)
+        shapes["conv"] = ((config.conv_kernel - 1, channels), "model")
+        shapes["ssm"] = (state, "wide")
+    keys = (config.num_key_value_heads, config.head_dim)
+    window, memory = config.sliding_window, config.eidetic_size
+    if layer_type == "full_attention":
+        shapes |= {name: ((0, *keys), "model") for name in ("full_key", "full_value")}
+    if layer_type == "sliding_attention" or (layer_type == "bmojo" and not memory):
+        shapes |= {name: ((window, *keys), "model") for name in ("window_key", "window_value")}
+    if layer_type == "bmojo" and config.fading_span:
+        shapes |= {name: ((2 * window, *keys), "model") for name in ("fading_key", "fading_value")}
+    if layer_type == "bmojo" and memory:
+        slots = window + config.eidetic_chunk_size
+        shapes |= {name: ((slots, *keys), "model") for name in ("window_key", "window_value")}
+        shapes |= {"window_innovation": ((slots,), "wide")}
+        shapes |= {name: ((memory, *keys), "model") for name in ("eidetic_key", "eidetic_value")}
+        shapes |= {"eidetic_innovation": ((memory,), "wide"), "eidetic_position": ((memory,), "int64")}
+        if config.innovation_predictor in ("average", "exponential", "learnable"):
+            shapes["history"] = ((config.innovation_kernel, config.hidden_size), "model")
+    return shapes
+
+
+def new_state(config, layer_type: str, like: torch.Tensor, columns: int = 0) -> dict[str, torch.Tensor]:
+    """The state before the first token, for the batch, dtype and device of `like` (batch, ...)."""
+    kinds = {"model": like.dtype, "wide": at_least_float32(like), "int64": torch.int64}
+    state = {}
+    for name, (shape, kind) in state_shapes(config, layer_type).items():
+        if layer_type == "full_attention":
+            shape = (columns, *shape[1:])
+        state[name] = torch.zeros((like.shape[0], *shape), dtype=kinds[kind], device=like.device)
+    if "eidetic_position" in state:
+        state["eidetic_position"].fill_(-1)
+        state["eidetic_innovation"].fill_(-torch.inf)
+    return state
+
+
+class BMojoCacheLayer(CacheLayerMixin):
+    """The state of one layer: tensors by name, batch first, as `state_shapes` lists them; empty before the first call."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.state: dict[str, torch.Tensor] = {}
+
+    def lazy_initialization(self, key_states, value_states):
+        raise NotImplementedError("A BMojoCache is filled by the model's forward, not by keys and values.")
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise NotImplementedError("A BMojoCache is filled by the model's forward, not by keys and values.")
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("Layers of a BMojoCache share one count: ask the cache, not the layer.")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("B'MOJO makes its own masks from the positions of the tokens.")
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor of the state by function(tensor)."""
+        self.state = {name: function(tensor) for name, tensor in self.state.items()}
+
+    def offload(self):
+        self.map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        raise NotImplementedError("A BMojoCache does not move its layers between devices.")
+
+
+class BMojoCache(Cache):
+    """The cache of a B'MOJO model, passed as `past_key_values` and returned by it.
+
+    Bytes for a batch of `rows` (equal to `num_bytes()`; s bytes per activation, W = 4, or 8 in float64; kv =
+    num_key_value_heads * head_dim; w, c, M as `sliding_window`, `eidetic_chunk_size`, `eidetic_size`):
+
+        rows * (8 + sum over layers of
+            bmojo               2 kv s (w + c) + W (w + c) + 2 kv s 2w + M (2 kv s + W + 8) + innovation_kernel hidden_size s
+                                + the bytes of its SSM; with M = 0: 2 kv s w + 2 kv s 2w + the bytes of its SSM
+            mamba2              (conv_kernel - 1) (heads head_dim + 2 n_groups state_size) s + heads head_dim state_size W
+            mamba               (conv_kernel - 1) expand hidden_size s + expand hidden_size state_size W
+            sliding_attention   2 kv s w
+            full_attention      2 kv s (columns seen, or max_cache_len))
+
+    so it is allocated whole at the first call and does not grow, unless there are `full_attention` layers.
+
+    Args:
+        config: the model's configuration.
+        max_cache_len: columns reserved for `full_attention` layers, which then do not grow either and refuse more.
+            Such a cache has static shapes, as `cache_implementation="static"` and torch.compile need.
+
+    Attributes:
+        lengths: real tokens seen by each row, int64 (batch,); None before the first call.
+        seen_tokens: columns seen, padding included.
+    """
+
+    def __init__(self, config, max_cache_len: int | None = None):
+        super().__init__(layers=[BMojoCacheLayer() for _ in config.layers_block_type])
+        self.config = config
+        self.max_cache_len = max_cache_len
+        self.lengths: torch.Tensor | None = None
+        self.seen_tokens = 0
+        self._recording = False
+        self._log: list[dict] = []
+
+    # -- what the model calls ------------------------------------------------------------------------------------------
+
+    def begin(self, like: torch.Tensor) -> torch.Tensor:
+        """Check that a call with the activations `like` (batch, seq_len, ...) fits; returns the rows' lengths so far."""
+        batch, seq_len = like.shape[:2]
+        if self.lengths is None:
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        if self.lengths.shape[0] != batch:
+            raise ValueError(
+                f"past_key_values holds a batch of {self.lengths.shape[0]}, the input is a batch of {batch}. Repeat or "
+                "select its rows (batch_repeat_interleave, batch_select_indices), or reset() it."
+            )
+        if self.max_cache_len is not None and self.seen_tokens + seq_len > self.max_cache_len:
+            raise ValueError(
+                f"max_cache_len is {self.max_cache_len}; {self.seen_tokens} columns are in the cache and {seq_len} more "
+                "do not fit. Use a larger max_cache_len, or a cache without one."
+            )
+        return self.lengths.to(like.device)
+
+    def layer_state(self, layer_idx: int, layer_type: str, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state of a layer, made for the batch, dtype and device of `like` at the first call."""
+        layer = self.layers[layer_idx]
+        if not layer.state:
+            layer.state = new_state(self.config, layer_type, like, self.max_cache_len or 0)
+        return layer.state
+
+    def store(self, states: list[dict[str, torch.Tensor]], tokens: torch.Tensor, replays: list[Callable] | None):
+        """Take the states after a call.
+
+        Args:
+            states: of every layer.
+            tokens: which columns of the call were real tokens, bool (batch, seq_len).
+            replays: for every layer a function from new lengths (batch,) to the state after only so many tokens of
+                the call; needed while recording.
+        """
+        if self._recording:
+            before = [layer.state for layer in self.layers]
+            self._log.append({"before": before, "lengths": self.lengths, "tokens": tokens, "replays": replays})
+            while len(self._log) > 1 and sum(call["tokens"].shape[1] for call in self._log) > _MAX_LOGGED_TOKENS:
+                self._log.pop(0)
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.state = state
+        self.lengths = self.lengths + tokens.sum(1).to(self.lengths.device)
+        self.seen_tokens = self.seen_tokens + tokens.shape[1]
+
+    # -- the interface of transformers.Cache ----------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far, padding included: what a 2-D attention mask over past and new columns counts."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.lengths is None else self.lengths.shape[0]
+
+    @property
+    def is_compileable(self) -> bool:
+        """Static shapes were asked for; without, `generate` on a GPU would compile by itself."""
+        return self.max_cache_len is not None
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.lengths is not None
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.seen_tokens > 0
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        raise NotImplementedError("A BMojoCache is filled by the model's forward, not by keys and values.")
+
+    def reset(self) -> None:
+        """Forget every sequence; the next call may have another batch size."""
+        for layer in self.layers:
+            layer.state = {}
+        self.lengths, self.seen_tokens, self._log = None, 0, []
+
+    def _change_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for layer in self.layers:
+            layer.map(function)
+        if self.lengths is not None:
+            self.lengths = function(self.lengths)
+        self._log = []  # a log of other rows could not be rolled back
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(-1)
+        self._change_rows(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    # -- rollback ------------------------------------------------------------------------------------------------------
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what `crop` needs: the states before the last calls, and the inputs of those calls."""
+        self._recording = True
+
+    def is_recording_past(self, layer_idx: int = 0) -> bool:
+        return self._recording
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove columns as if they had never been seen, and drop the log before them.
+
+        Args:
+            tokens_to_remove: 0 or negative, as transformers counts. 0 only drops the log.
+
+        Raises:
+            ValueError: a positive count, or more columns than the log holds.
+            RuntimeError: `activate_past_recording` was not called before the columns were.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of columns to remove, got {tokens_to_remove}.")
+        remove = -tokens_to_remove
+        if remove and not self._recording:
+            raise RuntimeError("crop needs a record of the past: call activate_past_recording() before the calls to undo.")
+        logged = sum(call["tokens"].shape[1] for call in self._log)
+        if remove > logged:
+            raise ValueError(f"crop was asked to remove {remove} columns, the log holds the last {logged}.")
+        while remove:
+            call = self._log.pop()
+            columns = call["tokens"].shape[1]
+            kept = call["tokens"][:, : max(0, columns - remove)]
+            lengths = kept.sum(1)
+            for layer, before, replay in zip(self.layers, call["before"], call["replays"], strict=True):
+                layer.state = before if remove >= columns else replay(lengths)
+            self.lengths = call["lengths"] + lengths.to(call["lengths"].device)
+            self.seen_tokens -= min(remove, columns)
+            remove -= min(remove, columns)
+        self._log = []
+
+    # -- size and storage ----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the cache by name, batch first."""
+        named = {f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.state.items()}
+        return named if self.lengths is None else {"lengths": self.lengths, **named}
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors: see the formula above. The log of a recording cache is not counted."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def save(self, path) -> None:
+        """Write the cache to a safetensors file, so that a long prompt is read once.
+
+        Raises:
+            ValueError: nothing has been seen yet.
+        """
+        if self.lengths is None:
+            raise ValueError("The cache is empty: run the model with past_key_values=cache before save().")
+        metadata = {
+            "format": "bmojo-cache-1",
+            "seen_tokens": str(self.seen_tokens),
+            "max_cache_len": json.dumps(self.max_cache_len),
+            "config": json.dumps({name: getattr(self.config, name) for name in _FINGERPRINT}),
+        }
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, str(path), metadata)
+
+    @classmethod
+    def load(cls, path, config, device: str | torch.device = "cpu") -> "BMojoCache":
+        """Read a cache that `save` wrote.
+
+        Args:
+            path: the safetensors file.
+            config: of the model that goes on with it.
+            device: where the tensors go; for a model spread over several devices, each layer's state follows its input.
+
+        Raises:
+            ValueError: the file is no saved cache, or of a model with another configuration.
+        """
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "bmojo-cache-1":
+                raise ValueError(f"{path} was not written by BMojoCache.save.")
+            saved = json.loads(metadata["config"])
+            now = json.loads(json.dumps({name: getattr(config, name) for name in _FINGERPRINT}))
+            differing = [f"{name} ({saved.get(name)} there, {now[name]} here)" for name in now if saved.get(name) != now[name]]
+            if differing:
+                raise ValueError(f"{path} belongs to a model with another configuration: {', '.join(differing)}.")
+            cache = cls(config, max_cache_len=json.loads(metadata["max_cache_len"]))
+            cache.seen_tokens = int(metadata["seen_tokens"])
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is not iterable
+                if name == "lengths":
+                    cache.lengths = file.get_tensor(name)
+                else:
+                    _, layer_idx, tensor_name = name.split(".")
+                    cache.layers[int(layer_idx)].state[tensor_name] = file.get_tensor(name)
+        return cache
+
+
+def cache_bytes(config, rows: int, dtype: torch.dtype, columns: int = 0) -> int:
+    """What `BMojoCache.num_bytes()` will be, from the configuration alone.
+
+    Args:
+        config: the model's configuration.
+        rows: batch size.
+        dtype: of the activations.
+        columns: seen by `full_attention` layers (or max_cache_len); without effect on other layers.
+    """
+    sizes = {
+        "model": dtype.itemsize,
+        "wide": torch.promote_types(dtype, torch.float32).itemsize,
+        "int64": torch.int64.itemsize,
+    }
+    total = torch.int64.itemsize
+    for layer_type in config.layers_block_type:
+        for shape, kind in state_shapes(config, layer_type).values():
+            shape = (columns, *shape[1:]) if layer_type == "full_attention" else shape
+            total += torch.Size(shape).numel() * sizes[kind]
+    return rows * total

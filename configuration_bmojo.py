@@ -1,0 +1,230 @@
+"""Configuration of B'MOJO: names, defaults and checks of every field. No mathematics lives here."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_bmojo.BMojoConfig",
+    "AutoModel": "modeling_bmojo.BMojoModel",
+    "AutoModelForCausalLM": "modeling_bmojo.BMojoForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_bmojo.BMojoForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_bmojo.BMojoForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_bmojo.BMojoForQuestionAnswering",
+}
+LAYER_TYPES = ("bmojo", "mamba", "mamba2", "sliding_attention", "full_attention")
+SSM_TYPES = ("mamba", "mamba2")
+EIDETIC_POSITIONS = ("constant", "rank")
+LEARNED_CHOICES = ("average", "exponential", "learnable")  # predictors that look at the SSM's output
+CONTROL_CHOICES = ("random", "recent", "oldest")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the ones whose frequencies do not depend on the length
+
+
+@strict
+class BMojoConfig(PreTrainedConfig):
+    r"""Configuration of a B'MOJO model (arXiv 2407.06324).
+
+    Fields that transformers already names mean here what they mean there. The others:
+
+    Args:
+        layers_block_type (`list[str]`, *optional*): the mixer of every layer, one of `"bmojo"`, `"mamba"`, `"mamba2"`,
+            `"sliding_attention"`, `"full_attention"`. All `"bmojo"` where None.
+        intermediate_size (`int`, *optional*): width of the SwiGLU MLP; None for layers without MLP, as in Mamba.
+        initializer_range (`float`, *optional*): standard deviation of embeddings and projections; where None
+            `hidden_size ** -0.5`, since the usual 0.02 stalls small models on associative recall.
+        sliding_window (`int`): w, how many last tokens a query sees exactly, itself included.
+        ssm_type (`str`): the fading memory of a `bmojo` layer: `"mamba2"` (SSD, a scalar decay per head) or `"mamba"`
+            (S6, a decay per channel and state).
+        state_size (`int`, *optional*): SSM state per channel; 64 for `mamba2`, 16 for `mamba` where None. A list of layers
+            that mixes both kinds of SSM shares it.
+        mamba_num_heads, mamba_head_dim, n_groups: heads of `mamba2`, channels per head, groups that share B and C.
+        time_step_limit (`list[float]`, *optional*): the SSM's time step is clamped to this range; None: no limit.
+        chunk_size (`int`): tokens per block of the SSM scan. Changes speed, not results.
+        eidetic_size (`int`): M, how many past tokens the long-term eidetic memory holds. 0 is B'MOJO-F.
+        eidetic_chunk_size (`int`): c, the memory changes every c tokens.
+        eidetic_position (`str`): at what distance a query sees the memory: `"constant"`, all at 2w, or `"rank"`, the r-th
+            newest at 2w + r.
+        innovation_predictor (`str`): what predicts the SSM's next output, hence what counts as surprising: `"average"`,
+            `"exponential"`, `"learnable"`; or the controls `"random"`, `"recent"`, `"oldest"` that do not look at it.
+        innovation_kernel (`int`): how many previous outputs the predictor sees.
+        innovation_loss_coef (`float`): weight of the learnable predictor's own error in the training loss.
+        fading_span (`bool`): whether attention sees the fading tokens. Needed by the predictors that look at the SSM.
+        tie_attn_weights (`bool`): fading keys and values share the projections of the window's.
+        use_qk_norm (`bool`): RMSNorm per head on queries and keys before rotary, as in Qwen3.
+
+    Raises:
+        ValueError: (as StrictDataclassClassValidationError) a value is impossible or contradicts another; the
+            message names the field, the value and what is allowed.
+    """
+
+    model_type = "bmojo"
+    keys_to_ignore_at_inference = ["past_key_values", "innovations", "eidetic_positions"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int | None = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    initializer_range: float | None = None
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    use_qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    layers_block_type: list[str] | None = None
+    sliding_window: int = 512
+
+    ssm_type: str = "mamba2"
+    state_size: int | None = None
+    conv_kernel: int = 4
+    expand: int = 2
+    mamba_num_heads: int | None = None
+    mamba_head_dim: int = 64
+    n_groups: int = 1
+    time_step_rank: int | None = None
+    time_step_limit: list[float] | tuple[float, ...] | None = None
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    chunk_size: int = 64
+
+    eidetic_size: int = 128
+    eidetic_chunk_size: int = 64
+    eidetic_position: str = "constant"
+    innovation_predictor: str = "average"
+    innovation_kernel: int = 8
+    innovation_loss_coef: float = 0.01
+    fading_span: bool = True
+    tie_attn_weights: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta", 10000.0)}
+        if self.layers_block_type is None:
+            self.layers_block_type = ["bmojo"] * self.num_hidden_layers
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
+                    "change one of them or set head_dim."
+                )
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+        if self.state_size is None:
+            self.state_size = 16 if self.ssm_types == {"mamba"} else 64
+        if self.mamba_num_heads is None:
+            self.mamba_num_heads = self.expand * self.hidden_size // max(1, self.mamba_head_dim)
+        if self.time_step_rank is None:
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        if self.time_step_limit is not None:
+            self.time_step_limit = [float(bound) for bound in self.time_step_limit]
+        if self.initializer_range is None:
+            self.initializer_range = max(1, self.hidden_size) ** -0.5
+        super().__post_init__(**kwargs)
+
+    @property
+    def ssm_types(self) -> set[str]:
+        """The kinds of SSM in the model's layers: a subset of {"mamba", "mamba2"}."""
+        return {self.ssm_type if kind == "bmojo" else kind for kind in self.layers_block_type} & set(SSM_TYPES)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: every value on its own, then the ones that contradict each other."""
+        self._check_ranges()
+        self._check_choices()
+        self._check_divisions()
+        self._check_memory()
+
+    def _check_ranges(self):
+        at_least_one = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim sliding_window "
+            "max_position_embeddings state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups "
+            "time_step_rank chunk_size eidetic_chunk_size innovation_kernel"
+        )
+        for name in at_least_one.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            raise ValueError(f"intermediate_size is {self.intermediate_size}; use None for layers without MLP.")
+        if self.eidetic_size < 0:
+            raise ValueError(f"eidetic_size is {self.eidetic_size}; it must be 0 (no eidetic memory) or more.")
+        for name in ("rms_norm_eps", "initializer_range", "time_step_min", "time_step_max", "time_step_floor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite.")
+        if not 0 <= self.innovation_loss_coef < math.inf:
+            raise ValueError(f"innovation_loss_coef is {self.innovation_loss_coef}; it must be 0 or more, and finite.")
+        if self.time_step_min > self.time_step_max:
+            raise ValueError(f"time_step_min {self.time_step_min} is above time_step_max {self.time_step_max}.")
+        limit = self.time_step_limit
+        if limit is not None and not (len(limit) == 2 and 0 <= limit[0] < limit[1] < math.inf):
+            raise ValueError(
+                f"time_step_limit is {limit}; it must be None or two finite numbers, 0 <= lowest < highest."
+            )
+        for name in ("pad_token_id", "bos_token_id"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(f"{name} is {getattr(self, name)}; ids run from 0 to vocab_size - 1.")
+
+    def _check_choices(self):
+        if len(self.layers_block_type) != self.num_hidden_layers:
+            raise ValueError(
+                f"layers_block_type names {len(self.layers_block_type)} layers, num_hidden_layers is "
+                f"{self.num_hidden_layers}; they must agree."
+            )
+        choices = [("layers_block_type", kind, LAYER_TYPES) for kind in self.layers_block_type] + [
+            ("ssm_type", self.ssm_type, SSM_TYPES),
+            ("eidetic_position", self.eidetic_position, EIDETIC_POSITIONS),
+            ("innovation_predictor", self.innovation_predictor, LEARNED_CHOICES + CONTROL_CHOICES),
+            ("rope_parameters['rope_type']", self.rope_parameters.get("rope_type", "default"), ROPE_TYPES),
+        ]
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"{name} has {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("rope_parameters['partial_rotary_factor'] other than 1.0 is not supported.")
+
+    def _check_divisions(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number.")
+        if "mamba2" in self.ssm_types and self.mamba_num_heads % self.n_groups:
+            raise ValueError(
+                f"mamba_num_heads {self.mamba_num_heads} is not a multiple of n_groups {self.n_groups}; heads of a group "
+                "share B and C."
+            )
+
+    def _check_memory(self):
+        if "bmojo" not in self.layers_block_type:
+            return
+        if self.eidetic_size and not self.fading_span and self.innovation_predictor in LEARNED_CHOICES:
+            raise ValueError(
+                f"innovation_predictor {self.innovation_predictor!r} with fading_span=False: the choice of tokens passes "
+                "no gradient, so the SSM would stay untrained and its innovations random. Set fading_span=True, or one "
+                f"of the controls {', '.join(map(repr, CONTROL_CHOICES))}, or eidetic_size=0."
+            )
+        if not self.eidetic_size and not self.fading_span:
+            raise ValueError(
+                "fading_span=False and eidetic_size=0 leave a bmojo layer only its window; use 'sliding_attention' in "
+                "layers_block_type."
+            )
+
+
+__all__ = ["BMojoConfig"]

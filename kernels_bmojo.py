@@ -1,0 +1,135 @@
+"""The face of `kernels/`: finds the folder of Triton kernels wherever the model was loaded from, and chooses by device.
+
+transformers carries the Python files beside the model, but no folder. Python calls every module with a `__path__` a
+package, so this one points its own at the folder and `kernels/ssd_scan.py` becomes `<this module>.ssd_scan`, under a name
+of ours in a checkout, a local model folder and the Hub's cache alike. `kernels/` itself has no `__init__.py`: it would
+shadow Hugging Face's `kernels` package for every Python that starts in the repository's root.
+
+Environment variable `BMOJO_KERNELS`: "auto" (default) runs a kernel where one ships and the tensors are on a GPU; "torch"
+runs the definitions only; "triton" requires a kernel for every dispatched op, on the CPU too under `TRITON_INTERPRET=1`.
+"""
+
+import functools
+import os
+import re
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers.utils import logging
+
+
+logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANSFORMERS_VERBOSITY=info shows its lines
+
+_NO_TRITON = "triton is not installed (`pip install triton`)"
+MODES = ("auto", "torch", "triton")
+_HERE = Path(__file__).resolve().parent
+__path__ = [str(_HERE / "kernels")] if (_HERE / "kernels").is_dir() else []  # next to this file: a checkout
+
+
+def attach(config) -> None:
+    """Point `__path__` at the kernels folder of the model that `config` was loaded with.
+
+    Fetches from the Hub at once, so that a cache filled on a machine without GPU is complete; imports nothing. Without a
+    folder the definitions run. Says so only where there may be one that cannot be reached.
+    """
+    if any(map(os.path.isdir, __path__)):
+        return
+    code, elsewhere, _ = (getattr(config, "auto_map", None) or {}).get("AutoConfig", "").partition("--")
+    source = code if elsewhere else config.name_or_path
+    if not source:  # a model made from a config: nothing to go by
+        return
+    try:
+        root = source if os.path.isdir(source) else _fetch(source)
+    except (OSError, ValueError) as error:  # offline, no access, or a name that is neither a folder nor a Hub id
+        why = type(error).__name__  # not its text: a request's id in it would make every warning a new one
+        logger.warning_once(f"kernels/ of {source} is out of reach ({why}); B'MOJO runs its torch definitions.")
+        return
+    folder = os.path.abspath(os.path.join(root, "kernels"))
+    if os.path.isdir(folder):
+        __path__[:] = [folder]
+        load.cache_clear()
+
+
+@functools.cache
+def _fetch(repository: str) -> str:
+    """The local copy of a Hub repository, holding at least its kernels at the commit of the code that runs."""
+    commit = _HERE.name if re.fullmatch("[0-9a-f]{40}", _HERE.name) else None  # transformers names the folder so
+    return snapshot_download(repository, revision=commit, allow_patterns="kernels/*.py")
+
+
+@functools.cache
+def load(name: str) -> Callable | None:
+    """The function `name` of `kernels/<name>.py`; None where no such file ships. What its import raises is a bug."""
+    return getattr(import_module(f"{__name__}.{name}"), name) if _ships(name) else None
+
+
+def _ships(name: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, f"{name}.py")) for folder in __path__)
+
+
+def copy_kernels(config, save_directory: str | os.PathLike) -> None:
+    """Copy the kernels into a folder that `save_pretrained` writes, so that it is complete without its source."""
+    attach(config)  # once more where the first attempt failed: the network may be back
+    target = Path(save_directory) / "kernels"
+    for file in [file for folder in __path__ for file in sorted(Path(folder).glob("*.py"))]:
+        copy = target / file.name
+        if file.name == "__init__.py" or (copy.exists() and copy.samefile(file)):  # saved into the folder loaded from
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def dispatch(definition: Callable) -> Callable:
+    """Run the Triton kernel of this name where one fits the device, else the PyTorch definition itself."""
+
+    @functools.wraps(definition)
+    def op(x, /, *args, **kwargs):
+        kernel = _choose(definition.__name__, x.device.type)
+        return (kernel or definition)(x, *args, **kwargs)
+
+    op.definition = definition  # tests compare against it
+    return op
+
+
+@torch.compiler.assume_constant_result  # torch.compile takes the choice as it is: no import, no log line in a graph
+def _choose(name: str, device: str) -> Callable | None:
+    """The kernel for a call, or None for the definition; says once which it is and why."""
+    mode = os.environ.get("BMOJO_KERNELS", "auto")
+    if mode not in MODES:
+        raise ValueError(f"BMOJO_KERNELS is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")
+    obstacle = _obstacle(name, device, mode)
+    if obstacle is None:
+        logger.info_once(f"{name} on {device}: Triton kernel of {__path__[0]}.")
+        return load(name)
+    if mode == "triton":
+        raise RuntimeError(f"BMOJO_KERNELS=triton, but {obstacle}; BMOJO_KERNELS=auto falls back to torch.")
+    say = logger.warning_once if obstacle is _NO_TRITON else logger.info_once  # that one costs speed needlessly
+    say(f"B'MOJO runs its torch definitions: {obstacle}.")
+    return None
+
+
+def _obstacle(name: str, device: str, mode: str) -> str | None:
+    """Why the kernel of that name cannot run on that device, in words for the person who may change it."""
+    if mode == "torch":
+        return "BMOJO_KERNELS=torch"
+    interpreted = mode == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device != "cuda" and not interpreted:
+        return f"the tensors are on {device} (kernels need a GPU, or BMOJO_KERNELS=triton with TRITON_INTERPRET=1)"
+    if not _ships(name):
+        return (
+            f"no kernel {name} ships: there is no {name}.py in {', '.join(__path__) or 'any kernels folder in reach'}"
+        )
+    return None if _has_triton() else _NO_TRITON
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        return find_spec("triton") is not None
+    except (ImportError, ValueError):  # an import hook refuses it, or a stub without a spec stands in for it
+        return False

@@ -1,0 +1,1167 @@
+"""B'MOJO in transformers: layers that answer each token from a window, a fading and an eidetic memory (arXiv 2407.06324)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .cache_bmojo import BMojoCache, new_state
+from .configuration_bmojo import AUTO_MAP, LEARNED_CHOICES, BMojoConfig
+from .kernels_bmojo import attach, copy_kernels
+from .layout_bmojo import read_layout, read_mask
+from .ops_bmojo import (
+    at_least_float32,
+    hash_scores,
+    predict,
+    rotary_table,
+    rotate,
+    select,
+    selective_scan,
+    span_attention,
+    ssd_scan,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Outputs and what all layers of a call share
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BMojoModelOutput(BaseModelOutputWithPast):
+    """Output of `BMojoModel`.
+
+    Args:
+        innovations: with `output_eidetic`, per layer the innovation of every token of the call, (batch, seq_len) in
+            float32 or wider, 0 for padding; None for layers without eidetic memory.
+        eidetic_positions: with `output_eidetic`, per layer the memory that every chunk of the call saw, (rows, chunks,
+            eidetic_size) int64: positions in ascending order, counting the real tokens of a row (or of a packed
+            document) from 0; -1 for empty places, which come first. The first chunk is the one of the first new token.
+        predictor_loss: while training the learnable predictor, the sum over layers of its mean squared error.
+    """
+
+    innovations: tuple[torch.Tensor | None, ...] | None = None
+    eidetic_positions: tuple[torch.Tensor | None, ...] | None = None
+    predictor_loss: torch.Tensor | None = None
+
+
+@dataclass
+class BMojoCausalLMOutput(CausalLMOutputWithPast):
+    """Output of `BMojoForCausalLM`: transformers' fields, and those of `BMojoModelOutput`."""
+
+    innovations: tuple[torch.Tensor | None, ...] | None = None
+    eidetic_positions: tuple[torch.Tensor | None, ...] | None = None
+
+
+@dataclass
+class Call:
+    """What the layers need to know about one forward call on rows whose real tokens stand at the front.
+
+    Attributes:
+        past: tokens that came before, (rows,) int64; None where no cache is given, that is: none.
+        lengths: real tokens of the call, (rows,) int64; None: all of them are.
+        positions: position of every token in its row, (rows or 1, seq_len) int64.
+        table: from positions (...) to cos and sin (..., head_dim); `inverse=True` for the opposite rotation.
+        cos, sin: the table at `positions`.
+        in_place: states may be overwritten: no gradient is recorded and nothing will be rolled back.
+        fixed_columns: the keys of `full_attention` have all their room already (`max_cache_len`).
+    """
+
+    past: torch.Tensor | None
+    lengths: torch.Tensor | None
+    positions: torch.Tensor
+    table: Callable
+    cos: torch.Tensor
+    sin: torch.Tensor
+    in_place: bool
+    fixed_columns: bool
+
+    @property
+    def seq_len(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def past_column(self) -> torch.Tensor | int:
+        """`past` as a column, (rows, 1), or 0."""
+        return 0 if self.past is None else self.past[:, None]
+
+    def real(self) -> torch.Tensor | None:
+        """(rows, seq_len) bool, False behind a row's last token; None where all are real."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.seq_len, device=self.lengths.device) < self.lengths[:, None]
+
+    def end(self) -> torch.Tensor:
+        """Position behind the last real token, (rows or 1, 1)."""
+        new = self.seq_len if self.lengths is None else self.lengths[:, None]
+        return self.past_column + new + torch.zeros_like(self.positions[:, :1])
+
+
+def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x[row, index[row]]: (rows, n, ...) and (rows, m) to (rows, m, ...)."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (rows + index).flatten()).view(*index.shape, *x.shape[2:])
+
+
+def timeline(new, ring, call: Call, start, length: int):
+    """Lay out past and new tokens by position: slot i holds the token at position start + i.
+
+    Args:
+        new: tokens of the call, (rows, seq_len, ...).
+        ring: the last tokens before them, position p in slot p % size, (rows, size, ...); None: there were none.
+        start: position of slot 0, (rows, 1) int64; where ring is None an int, 0 or negative.
+        length: number of slots.
+
+    Returns:
+        (rows, length, ...). What is not held (before position 0, overwritten in the ring, or behind the call) is
+        zero or another token: `held` says where.
+    """
+    if ring is None:
+        new = new[:, : max(0, length + start)]
+        before = min(length, -start)
+        return F.pad(new, (0, 0) * (new.dim() - 2) + (before, length - before - new.shape[1]))
+    slots = start + torch.arange(length, device=new.device)
+    size = ring.shape[1]
+    index = torch.where(
+        slots >= call.past_column, size + (slots - call.past_column).clamp(max=new.shape[1] - 1), slots % size
+    )
+    return take_rows(torch.cat([ring.to(new.dtype), new], 1), index)
+
+
+def held(call: Call, start, length: int, size: int):
+    """Which slots of a `timeline` exist: (rows or 1, length) bool. `size`: of its ring."""
+    slots = start + torch.arange(length, device=call.positions.device)
+    if call.past is None:
+        return (slots >= 0)[None]
+    return (slots >= 0) & (slots >= call.past_column - size)
+
+
+def write_ring(ring, new, call: Call):
+    """The ring after the call: position p in slot p % size, for every row's last real tokens."""
+    size = ring.shape[1]
+    if call.seq_len == 1:
+        slot = (call.past_column % size).expand(ring.shape[0], 1)
+        slot = slot.view(-1, 1, *[1] * (ring.dim() - 2)).expand(-1, 1, *ring.shape[2:])
+        value = new.to(ring.dtype)
+        if call.lengths is not None:
+            wanted = (call.lengths > 0).view(-1, *[1] * (ring.dim() - 1))
+            value = torch.where(wanted, value, ring.gather(1, slot))
+        return ring.scatter_(1, slot, value) if call.in_place else ring.scatter(1, slot, value)
+    slots = torch.arange(size, device=ring.device)
+    last = call.end() - 1
+    position = last - (last - slots) % size  # the newest position that belongs in each slot
+    index = (position - call.past_column).clamp(min=0, max=new.shape[1] - 1).expand(ring.shape[0], size)
+    is_new = ((position >= call.past_column) & (position >= 0)).expand(ring.shape[0], size)
+    return torch.where(is_new.view(*is_new.shape, *[1] * (ring.dim() - 2)), take_rows(new, index).to(ring.dtype), ring)
+
+
+def ring_positions(ring, last):
+    """Position held by each slot of a ring whose newest token is at `last` (rows or 1, 1); negative where empty."""
+    slots = torch.arange(ring.shape[1], device=ring.device)
+    return last - (last - slots) % ring.shape[1]
+
+
+def last_rows(previous, new, lengths):
+    """The last tokens of (previous, new) in a buffer as long as `previous`, given the real lengths of `new`."""
+    size = previous.shape[1]
+    both = torch.cat([previous.to(new.dtype), new], 1)
+    if lengths is None:
+        return both[:, both.shape[1] - size :]
+    return take_rows(both, lengths[:, None] + torch.arange(size, device=new.device))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Norms, MLP, and the fading memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BMojoRMSNorm(nn.Module):
+    """RMSNorm over the last axis, or over groups of it; statistics in float32 or wider."""
+
+    def __init__(self, size: int, eps: float, n_groups: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.n_groups = eps, n_groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(at_least_float32(x)).unflatten(-1, (self.n_groups, -1))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * wide.flatten(-2)).to(x.dtype)
+
+
+class BMojoMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BMojoDynamics(nn.Module):
+    """A_log, D and dt_bias of an SSM: a module with a forward of its own, so that PEFT's `modules_to_save`, FSDP2 units
+    and hooks reach them.
+    """
+
+    def __init__(self, config, kind: str):
+        super().__init__()
+        if kind == "mamba2":
+            channels, decays = config.mamba_num_heads, (config.mamba_num_heads,)
+        else:
+            channels = config.expand * config.hidden_size
+            decays = (channels, config.state_size)
+        self.kind, self.config = kind, config
+        self.A_log = nn.Parameter(torch.zeros(decays))
+        self.D = nn.Parameter(torch.ones(channels))
+        self.dt_bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, dt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """From the raw dt (..., channels) to the time step, A and D, all in float32 or wider."""
+        dtype = at_least_float32(dt, self.A_log)
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        if self.config.time_step_limit is not None:
+            dt = dt.clamp(*self.config.time_step_limit)
+        return dt, -self.A_log.to(dtype).exp(), self.D.to(dtype)
+
+    def initialise(self):
+        """The papers' distributions: dt log-uniform in [time_step_min, time_step_max], A as in Mamba or Mamba2."""
+        config, shape = self.config, self.dt_bias.shape
+        low, high = torch.tensor(config.time_step_min).log(), torch.tensor(config.time_step_max).log()
+        dt = (torch.rand(shape) * (high - low) + low).exp().clamp(min=config.time_step_floor)
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        if self.kind == "mamba2":
+            init.copy_(self.A_log, (torch.rand(shape) * 15 + 1).log())
+        else:
+            init.copy_(self.A_log, torch.arange(1, config.state_size + 1).log().expand_as(self.A_log))
+        init.ones_(self.D)
+
+
+class BMojoSSM(nn.Module):
+    """What the two SSMs share: input projection, short causal convolution, and the handling of state and padding."""
+
+    def __init__(self, config, projected: int, convolved: int, inner: int, kind: str):
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(config.hidden_size, projected, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(
+            convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
+        )
+        self.dynamics = BMojoDynamics(config, kind)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+
+    def convolve(self, x, call: Call, state):
+        """silu(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
+        history = x.new_zeros(x.shape[0], self.config.conv_kernel - 1, x.shape[2]) if state is None else state["conv"]
+        inputs = torch.cat([history.to(x.dtype), x], 1)
+        return F.silu(self.conv1d(inputs.transpose(1, 2))).transpose(1, 2), last_rows(history, x, call.lengths)
+
+    def time_step(self, dt, call: Call):
+        """dt, A and D; dt is 0 behind a row's last token, which then leaves the state as it is."""
+        dt, A, D = self.dynamics(dt)
+        real = call.real()
+        return (dt if real is None else dt.masked_fill(~real[..., None], 0)), A, D
+
+
+class BMojoMamba2(BMojoSSM):
+    """Mamba2's mixer (arXiv 2405.21060): a complete layer from (rows, seq_len, hidden_size) to the same."""
+
+    def __init__(self, config):
+        self.inner = config.mamba_num_heads * config.mamba_head_dim
+        self.grouped = config.n_groups * config.state_size
+        convolved = self.inner + 2 * self.grouped
+        projected = self.inner + convolved + config.mamba_num_heads
+        super().__init__(config, projected, convolved, self.inner, "mamba2")
+        self.norm = BMojoRMSNorm(self.inner, config.rms_norm_eps, config.n_groups)
+
+    def forward(self, u, call: Call, state=None):
+        """Returns y as u, and the tensors "conv" and "ssm" of the new state."""
+        z, xbc, dt = self.in_proj(u).split([self.inner, self.inner + 2 * self.grouped, self.config.mamba_num_heads], -1)
+        xbc, conv = self.convolve(xbc, call, state)
+        x, B, C = xbc.split([self.inner, self.grouped, self.grouped], -1)
+        dt, A, D = self.time_step(dt, call)
+        x = x.unflatten(-1, (self.config.mamba_num_heads, self.config.mamba_head_dim))
+        B, C = (part.unflatten(-1, (self.config.n_groups, self.config.state_size)) for part in (B, C))
+        y, ssm = ssd_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
+        y = (y + D[:, None] * x).flatten(-2).to(u.dtype)
+        return self.out_proj(self.norm(y * F.silu(z))), {"conv": conv, "ssm": ssm}
+
+
+class BMojoMamba(BMojoSSM):
+    """Mamba's mixer (arXiv 2312.00752): a complete layer from (rows, seq_len, hidden_size) to the same."""
+
+    def __init__(self, config):
+        inner = config.expand * config.hidden_size
+        super().__init__(config, 2 * inner, inner, inner, "mamba")
+        self.x_proj = nn.Linear(inner, config.time_step_rank + 2 * config.state_size, bias=False)
+        self.dt_proj = nn.Linear(config.time_step_rank, inner, bias=False)
+
+    def forward(self, u, call: Call, state=None):
+        """Returns y as u, and the tensors "conv" and "ssm" of the new state."""
+        x, z = self.in_proj(u).chunk(2, -1)
+        x, conv = self.convolve(x, call, state)
+        sizes = [self.config.time_step_rank, self.config.state_size, self.config.state_size]
+        dt, B, C = self.x_proj(x).split(sizes, -1)
+        dt, A, D = self.time_step(self.dt_proj(dt), call)
+        y, ssm = selective_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
+        y = (y + D * x).to(u.dtype)
+        return self.out_proj(y * F.silu(z)), {"conv": conv, "ssm": ssm}
+
+
+SSM_CLASSES = {"mamba": BMojoMamba, "mamba2": BMojoMamba2}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention over the memories
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BMojoAttention(nn.Module):
+    """Projections that all attention layers share, and causal attention over everything: `full_attention`."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.scale = config.head_dim**-0.5
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.config.head_dim))
+
+    def forward(self, u, call: Call, state=None):
+        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
+        query = rotate(self.q_norm(self.heads(self.q_proj(u))), call.cos, call.sin)
+        key = rotate(self.k_norm(self.heads(self.k_proj(u))), call.cos, call.sin)
+        value = self.heads(self.v_proj(u))
+        if state is not None:
+            key, value = self._append(state["full_key"], key, call), self._append(state["full_value"], value, call)
+            state = {"full_key": key, "full_value": value}
+        columns = torch.arange(key.shape[1], device=u.device)
+        groups = query.shape[2] // key.shape[2]
+        query, key, value = (x.transpose(1, 2) for x in (query, key.to(u.dtype), value.to(u.dtype)))
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        if state is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+        else:
+            parts = []
+            for start in range(0, call.seq_len, 1024):  # bounds the mask: linear in the length
+                visible = columns <= call.positions[:, None, start : start + 1024, None]
+                part = query[:, :, start : start + 1024]
+                parts.append(F.scaled_dot_product_attention(part, key, value, attn_mask=visible, scale=self.scale))
+            mixed = torch.cat(parts, 2)
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2)), state, None
+
+    def _append(self, buffer, new, call: Call):
+        """Write the call's tokens at their positions, in a buffer that grows by the call's columns unless it is fixed."""
+        seq_len = new.shape[1]
+        if not call.fixed_columns:
+            buffer = torch.cat([buffer.to(new.dtype), torch.zeros_like(new)], 1)
+        index = call.positions.expand(new.shape[0], seq_len)
+        if call.lengths is not None:  # behind a row's last token: put back what is there, at a place nothing else takes
+            index = torch.where(call.real(), index, torch.arange(seq_len, device=new.device) - seq_len + buffer.shape[1])
+            new = torch.where(call.real()[..., None, None], new, take_rows(buffer, index))
+        index = index.view(*index.shape, 1, 1).expand_as(new)
+        return buffer.scatter(1, index, new)
+
+
+class BMojoWindowAttention(BMojoAttention):
+    """Attention over the last w tokens: `sliding_attention`, and the frame in which `bmojo` adds its other memories.
+
+    Queries are taken in blocks of whole chunks: a block sees a fixed number of keys, so time and memory are linear in
+    the length. A single token with a cache is one block of one query over the rings as they lie.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.window = config.sliding_window
+        self.chunk = config.eidetic_chunk_size
+
+    def blocks(self, call: Call) -> tuple[int, int]:
+        """Chunks in a block and blocks in the call. Blocks of about a quarter of the window waste little."""
+        per_block = max(1, min(self.window // 4 // self.chunk, 2 * self.window // max(1, self.config.eidetic_size)))
+        phase = 0 if call.past is None else self.chunk - 1  # rows begin anywhere in their first chunk
+        chunks = -(-(call.seq_len + phase) // self.chunk)
+        per_block = min(per_block, chunks)
+        return per_block, -(-chunks // per_block)
+
+    def base(self, call: Call):
+        """Position of the first chunk: an int without past, else (rows, 1)."""
+        return 0 if call.past is None else call.past_column - call.past_column % self.chunk
+
+    def to_blocks(self, x, call: Call):
+        """(rows, seq_len, ...) to (rows, blocks, block length, ...), each row beginning at its first chunk."""
+        per_block, count = self.blocks(call)
+        length = per_block * count * self.chunk
+        if call.past is None:
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, length - call.seq_len))
+        else:
+            slots = torch.arange(length, device=x.device) - call.past_column % self.chunk
+            x = take_rows(x, slots.clamp(min=0, max=call.seq_len - 1))
+        return x.unflatten(1, (count, -1))
+
+    def from_blocks(self, x, call: Call):
+        x = x.flatten(1, 2)
+        if call.past is None:
+            return x[:, : call.seq_len]
+        return take_rows(x, call.past_column % self.chunk + torch.arange(call.seq_len, device=x.device))
+
+    def span(self, query, key, value, rings, call: Call, newest: int, oldest: int):
+        """A span of `span_attention` whose keys are newest to oldest - 1 tokens old.
+
+        Args:
+            query: (rows, blocks, block length, heads, head_dim).
+            key, value: of the call, (rows, seq_len, kv heads, head_dim).
+            rings: of keys and of values, or None.
+        """
+        block, count = query.shape[2], query.shape[1]
+        base, width = self.base(call), oldest - newest + block - 1
+        size = 0 if rings is None else rings[0].shape[1]
+        start, length = base - oldest + 1, (count - 1) * block + width
+        rings = (None, None) if rings is None else rings
+        key, value = (timeline(new, ring, call, start, length) for new, ring in zip((key, value), rings, strict=True))
+        exists = held(call, start, length, size)
+        key, value = (x.unfold(1, width, block).movedim(-1, 2) for x in (key, value))
+        age = torch.arange(block, device=query.device)[:, None] + oldest - 1 - torch.arange(width, device=query.device)
+        visible = ((age >= newest) & (age < oldest)) & exists.unfold(1, width, block)[:, :, None]
+        return query, key, value, visible
+
+    def ring_span(self, query, rings, call: Call, newest: int, oldest: int):
+        """The same for a single token, over rings that already hold it."""
+        key, value = (ring[:, None].to(query.dtype) for ring in rings)
+        positions = ring_positions(rings[0], call.positions)
+        age = call.positions - positions
+        visible = (age >= newest) & (age < oldest) & (positions >= 0)
+        return query, key, value, visible[:, None, None]
+
+    def forward(self, u, call: Call, state=None):
+        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
+        query = rotate(self.q_norm(self.heads(self.q_proj(u))), call.cos, call.sin)
+        key = rotate(self.k_norm(self.heads(self.k_proj(u))), call.cos, call.sin)
+        value = self.heads(self.v_proj(u))
+        rings, new = None, None
+        if state is not None:
+            rings = state["window_key"], state["window_value"]
+            new = {"window_key": write_ring(rings[0], key, call), "window_value": write_ring(rings[1], value, call)}
+        if state is not None and call.seq_len == 1:
+            spans = [self.ring_span(query[:, None], (new["window_key"], new["window_value"]), call, 0, self.window)]
+            mixed = span_attention(spans, self.scale)[:, 0]
+        else:
+            spans = [self.span(self.to_blocks(query, call), key, value, rings, call, 0, self.window)]
+            mixed = self.from_blocks(span_attention(spans, self.scale), call)
+        return self.o_proj(mixed.flatten(-2)), new, None
+
+
+class BMojoMixer(BMojoWindowAttention):
+    """The B'MOJO layer: one softmax over the window, the fading tokens behind it and the eidetic memory.
+
+    Source: arXiv 2407.06324; the choices that the paper leaves open are those of the configuration's docstring.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.memory = config.eidetic_size
+        self.fading = SSM_CLASSES[config.ssm_type](config)
+        if config.fading_span and not config.tie_attn_weights:
+            kv_size = config.num_key_value_heads * config.head_dim
+            self.fading_k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+            self.fading_v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        if self.memory and config.innovation_predictor == "learnable":
+            self.predictor = BMojoPredictor(config)
+
+    def forward(self, u, call: Call, state=None):
+        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache), and what it remembered.
+
+        The last is a dict: "innovation" (rows, seq_len), "positions" (rows, chunks, eidetic_size), "loss" of a learnable
+        predictor; empty without eidetic memory.
+        """
+        y, new = self.fading(u, call, state)
+        query = self.q_norm(self.heads(self.q_proj(u)))
+        key, value = self.k_norm(self.heads(self.k_proj(u))), self.heads(self.v_proj(u))
+        turned = {"query": rotate(query, call.cos, call.sin), "window_key": rotate(key, call.cos, call.sin)}
+        tokens = {"window_key": turned["window_key"], "window_value": value}
+        if self.config.fading_span:
+            tokens["fading_key"], tokens["fading_value"] = self.fading_tokens(y, call)
+        memory = {}
+        if self.memory:
+            memory = self.innovation(y, call, state)
+            tokens["window_innovation"] = memory["innovation"]
+            if state is not None and "history" in state:
+                new["history"] = last_rows(state["history"], y, call.lengths)
+        if state is not None:
+            rings = {name: write_ring(state[name], token, call) for name, token in tokens.items()}
+        if state is not None and call.seq_len == 1:
+            spans, eidetic = self.single_spans(query, turned["query"], rings, call, state)
+            mixed = span_attention(spans, self.scale)[:, 0]
+        else:
+            spans, eidetic = self.block_spans(query, turned["query"], key, tokens, call, state)
+            mixed = self.from_blocks(span_attention(spans, self.scale), call)
+        if eidetic is not None:
+            memory["positions"] = eidetic.pop("positions")
+        if state is not None:
+            new = new | rings | (eidetic or {})
+        return self.o_proj(mixed.flatten(-2)), (None if state is None else new), memory
+
+    def fading_tokens(self, y, call: Call):
+        """Keys (rotated) and values of the SSM's outputs."""
+        tied = self.config.tie_attn_weights
+        key = (self.k_proj if tied else self.fading_k_proj)(y)
+        value = (self.v_proj if tied else self.fading_v_proj)(y)
+        return rotate(self.k_norm(self.heads(key)), call.cos, call.sin), self.heads(value)
+
+    # -- innovation ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def innovation(self, y, call: Call, state) -> dict[str, torch.Tensor]:
+        """How badly each output was predicted, (rows, seq_len) in float32 or wider; -inf where there is no token."""
+        choice, dtype = self.config.innovation_predictor, at_least_float32(y)
+        found = {}
+        if choice in LEARNED_CHOICES:
+            kernel = self.config.innovation_kernel
+            history = y.new_zeros(y.shape[0], kernel, y.shape[2]) if state is None else state["history"]
+            if choice == "learnable":
+                with torch.enable_grad() if self.training else torch.no_grad():
+                    error = (y.detach().to(dtype) - self.predictor(y.detach(), history, call.positions)).pow(2).sum(-1)
+                real = call.real()
+                found["loss"] = error.mean() if real is None else error[real].mean()
+                error = error.detach()
+            else:
+                weights = torch.ones(kernel, dtype=dtype, device=y.device)
+                if choice == "exponential":
+                    weights = (1 - 2 / (kernel + 1)) ** torch.arange(1, kernel + 1, dtype=dtype, device=y.device)
+                    weights = weights if kernel > 1 else torch.ones_like(weights)
+                error = (y.to(dtype) - predict(y, history, call.positions, weights)).pow(2).sum(-1)
+            error = error.masked_fill(error.isnan(), -1)  # below every error, above "no token"
+        else:
+            scores = {"random": partial(hash_scores, salt=self.layer_idx), "recent": torch.clone, "oldest": torch.zeros_like}
+            error = scores[choice](call.positions).to(dtype).expand(y.shape[:2])
+        real = call.real()
+        found["innovation"] = error if real is None else error.masked_fill(~real, -torch.inf)
+        return found
+
+    # -- spans ---------------------------------------------------------------------------------------------------------
+
+    def eidetic_query(self, query, call: Call):
+        """The query turned by 2w against keys that are not, so that every eidetic key is 2w away at least."""
+        return rotate(query, *call.table(torch.full((1, 1), 2 * self.window, device=query.device)))
+
+    def eidetic_key(self, key, call: Call):
+        """Keys of a memory (..., eidetic_size, kv heads, head_dim), turned back by their rank where that counts."""
+        ranks = torch.zeros(self.memory, dtype=torch.int64, device=key.device)
+        if self.config.eidetic_position == "rank":
+            ranks = torch.arange(self.memory, 0, -1, device=key.device)  # the last place holds the newest: rank 1
+        return rotate(key, *call.table(-ranks))
+
+    def single_spans(self, query, turned, rings, call: Call, state):
+        """The spans of one token over the rings, which hold it already, and the memory of its chunk."""
+        names = ("eidetic_key", "eidetic_value", "eidetic_innovation", "eidetic_position")
+        spans = [self.ring_span(turned[:, None], (rings["window_key"], rings["window_value"]), call, 0, self.window)]
+        if self.config.fading_span:
+            fading = rings["fading_key"], rings["fading_value"]
+            spans.append(self.ring_span(turned[:, None], fading, call, self.window, 2 * self.window))
+        if not self.memory:
+            return spans, None
+        memory = {name: state[name] for name in names}
+        boundary = call.past_column % self.chunk == 0
+        if call.lengths is not None:  # a row without a new token stays before its boundary
+            boundary = boundary & (call.lengths[:, None] > 0)
+        if torch.compiler.is_compiling() or bool(boundary.any()):
+            memory = self.cross_boundary(memory, rings, call, boundary)
+        query = self.eidetic_query(query, call)[:, None]
+        exists = memory["eidetic_position"] >= 0
+        key = self.eidetic_key(memory["eidetic_key"].to(query.dtype), call)[:, None]
+        spans.append((query, key, memory["eidetic_value"][:, None].to(query.dtype), exists[:, None, None]))
+        return spans, memory | {"positions": memory["eidetic_position"][:, None]}
+
+    def cross_boundary(self, memory, rings, call: Call, boundary):
+        """The memory after a chunk boundary: the c tokens that the boundary lets in, merged for the rows at one."""
+        positions = call.past_column - self.window - self.chunk + 1 + torch.arange(self.chunk, device=boundary.device)
+        slots = positions % rings["window_key"].shape[1]
+        cos, sin = call.table(positions.clamp(min=0), inverse=True)
+        entering = {
+            "eidetic_key": rotate(take_rows(rings["window_key"], slots), cos, sin),
+            "eidetic_value": take_rows(rings["window_value"], slots),
+            "eidetic_innovation": take_rows(rings["window_innovation"], slots),
+            "eidetic_position": positions,
+        }
+        allowed = boundary & (positions >= 0)
+        entering["eidetic_innovation"] = entering["eidetic_innovation"].masked_fill(~allowed, -torch.inf)
+        both = {name: torch.cat([memory[name], entering[name].to(memory[name].dtype)], 1) for name in memory}
+        index = select(both["eidetic_innovation"], self.memory)
+        return {name: take_rows(tensor, index) for name, tensor in both.items()}
+
+    def block_spans(self, query, turned, key, tokens, call: Call, state):
+        """The spans of all blocks of the call, and the memory at its end."""
+        turned = self.to_blocks(turned, call)
+
+        def rings(span):
+            return None if state is None else (state[f"{span}_key"], state[f"{span}_value"])
+
+        window = tokens["window_key"], tokens["window_value"]
+        spans = [self.span(turned, *window, rings("window"), call, 0, self.window)]
+        if self.config.fading_span:
+            fading = tokens["fading_key"], tokens["fading_value"]
+            spans.append(self.span(turned, *fading, rings("fading"), call, self.window, 2 * self.window))
+        if not self.memory:
+            return spans, None
+        union = self.union(key, tokens, call, state)
+        index, after = self.memories(union, call)
+        per_block, count = self.blocks(call)
+        shape = (turned.shape[0], count, per_block * self.memory)
+        exists = take_rows(union["eidetic_position"], index.flatten(1)) >= 0
+        chosen_key = take_rows(union["eidetic_key"], index.flatten(1)).unflatten(1, index.shape[1:])
+        chosen_key = self.eidetic_key(chosen_key, call).reshape(*shape, *key.shape[2:])
+        chosen_value = take_rows(union["eidetic_value"], index.flatten(1)).reshape(*shape, *key.shape[2:])
+        chunk_of_query = torch.arange(turned.shape[2], device=key.device)[:, None] // self.chunk
+        chunk_of_entry = torch.arange(per_block * self.memory, device=key.device) // self.memory
+        visible = exists.view(shape)[:, :, None] & (chunk_of_query == chunk_of_entry)
+        spans.append((self.to_blocks(self.eidetic_query(query, call), call), chosen_key, chosen_value, visible))
+        positions = take_rows(union["eidetic_position"], index.flatten(1)).view(index.shape)
+        eidetic = {name: take_rows(tensor, after) for name, tensor in union.items()} if state is not None else {}
+        return spans, eidetic | {"positions": self.seen_memories(positions, call)}
+
+    def union(self, key, tokens, call: Call, state):
+        """Everything that can be in a memory of the call, in the order of time: the memory before it, then the tokens.
+
+        Keys are not rotated. Slot eidetic_size + i holds the token at position base - w - c + 1 + i.
+        """
+        per_block, count = self.blocks(call)
+        ring = None
+        if state is not None:
+            ring = {name: state[name] for name in ("window_key", "window_value", "window_innovation")}
+            before = ring_positions(ring["window_key"], call.past_column - 1).clamp(min=0)
+            ring["window_key"] = rotate(ring["window_key"], *call.table(before, inverse=True))
+        start = self.base(call) - self.window - self.chunk + 1
+        length = per_block * count * self.chunk
+        found = {"window_key": key, "window_value": tokens["window_value"], "window_innovation": tokens["window_innovation"]}
+        laid = {name: timeline(token, ring and ring[name], call, start, length) for name, token in found.items()}
+        positions = (start + torch.arange(length, device=key.device)).expand(key.shape[0], length)
+        exists = held(call, start, length, self.window + self.chunk)
+        exists = exists & (positions < call.end())
+        memory = state if state is not None else new_state(self.config, "bmojo", key)
+        union = {
+            "eidetic_key": torch.cat([memory["eidetic_key"].to(key.dtype), laid["window_key"]], 1),
+            "eidetic_value": torch.cat([memory["eidetic_value"].to(key.dtype), laid["window_value"]], 1),
+            "eidetic_innovation": torch.cat(
+                [memory["eidetic_innovation"], laid["window_innovation"].masked_fill(~exists, -torch.inf)], 1
+            ),
+            "eidetic_position": torch.cat([memory["eidetic_position"], positions.masked_fill(~exists, -1)], 1),
+        }
+        return union
+
+    @torch.no_grad()
+    def memories(self, union, call: Call):
+        """Indices into the union: the memory of every chunk (rows, chunks, M), and the one of the last token (rows, M).
+
+        A running selection, one step per chunk: chunk b keeps the best of what b - 1 kept and of the c tokens that have
+        left the window since.
+        """
+        scores = union["eidetic_innovation"]
+        rows, size = scores.shape[0], self.memory
+        per_block, count = self.blocks(call)
+        kept = torch.arange(size, device=scores.device).expand(rows, size)
+        steps = [kept]
+        for chunk in range(per_block * count):
+            entering = size + chunk * self.chunk + torch.arange(self.chunk, device=scores.device).expand(rows, -1)
+            entering_scores = scores.gather(1, entering)
+            if chunk == 0 and call.past is not None:  # rows in the middle of a chunk crossed its boundary before
+                entering_scores = entering_scores.masked_fill(call.past_column % self.chunk != 0, -torch.inf)
+            best = select(torch.cat([scores.gather(1, kept), entering_scores], 1), size)
+            kept = torch.cat([kept, entering], 1).gather(1, best)
+            steps.append(kept)
+        steps = torch.stack(steps, 1)
+        base = self.base(call)
+        last = torch.div(call.end() - 1 - base, self.chunk, rounding_mode="floor") + 1  # 0: the memory before the call
+        last = last.expand(rows, 1)[..., None].expand(rows, 1, size)
+        return steps[:, 1:], steps.gather(1, last)[:, 0]
+
+    def seen_memories(self, positions, call: Call):
+        """Positions (rows, chunks, M) without the chunks that no token of the row is in."""
+        chunks = torch.arange(positions.shape[1], device=positions.device)
+        used = -(-(call.end() - self.base(call)) // self.chunk)
+        positions = positions.masked_fill((chunks >= used)[..., None], -1)
+        return positions[:, : max(1, int(used.max()))] if not torch.compiler.is_compiling() else positions
+
+
+class BMojoPredictor(nn.Module):
+    """The learnable causal predictor of the SSM's outputs: weight (innovation_kernel, hidden_size), row k - 1 for y_{t-k}."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((config.innovation_kernel, config.hidden_size), 1 / config.innovation_kernel))
+
+    def forward(self, y, history, positions):
+        return predict(y, history, positions, self.weight)
+
+
+MIXER_CLASSES = {
+    "bmojo": BMojoMixer,
+    "sliding_attention": BMojoWindowAttention,
+    "full_attention": BMojoAttention,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The models
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BMojoDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        layer_type = config.layers_block_type[layer_idx]
+        self.input_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if layer_type in SSM_CLASSES:
+            self.mixer = SSM_CLASSES[layer_type](config)
+        else:
+            self.mixer = MIXER_CLASSES[layer_type](config, layer_idx)
+        self.mlp = None
+        if config.intermediate_size is not None:
+            self.post_attention_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = BMojoMLP(config)
+
+    def forward(self, hidden_states, call: Call, state=None):
+        """Returns the hidden states, the new state (None without cache), and what a bmojo mixer remembered."""
+        mixed, *rest = self.mixer(self.input_layernorm(hidden_states), call, state)
+        hidden_states = hidden_states + mixed
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        new_state, memory = (*rest, None)[:2]
+        return hidden_states, (None if state is None else new_state), memory or {}
+
+
+class BMojoPreTrainedModel(PreTrainedModel):
+    config: BMojoConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BMojoDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True  # of the two names that transformers sets by itself; the layers choose their own formulation
+    _is_stateful = False  # the cache rolls back exactly: see BMojoCache.crop
+    _can_compile_fullgraph = True
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        attach(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, BMojoSSM):
+            bound = self.config.conv_kernel**-0.5
+            init.uniform_(module.conv1d.weight, -bound, bound)
+            if module.conv1d.bias is not None:
+                init.zeros_(module.conv1d.bias)
+        elif isinstance(module, BMojoDynamics):
+            module.initialise()
+        elif isinstance(module, BMojoRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, BMojoPredictor):
+            init.constant_(module.weight, 1 / module.weight.shape[0])
+        if isinstance(module, BMojoMamba):
+            bound = self.config.time_step_rank**-0.5
+            init.uniform_(module.dt_proj.weight, -bound, bound)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; also writes the whole auto_map and the kernels folder, so that the folder loads alone."""
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        if not any("--" in name for name in auto_map.values()):  # code in another repository stays there
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.is_remote_code() and kwargs.get("is_main_process", True):
+            copy_kernels(self.config, save_directory)
+
+
+class BMojoModel(BMojoPreTrainedModel):
+    """The stack of layers, from token ids to normalised hidden states."""
+
+    def __init__(self, config: BMojoConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([BMojoDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BMojoCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_eidetic: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BMojoModelOutput | tuple:
+        """Run the layers.
+
+        Args:
+            input_ids: (batch, seq_len), or inputs_embeds: (batch, seq_len, hidden_size); one of them.
+            attention_mask: (batch, seq_len) or (batch, past + seq_len), 1 for tokens, 0 for padding on any side.
+            position_ids: (batch or 1, seq_len). Only where they restart counts: a new packed document begins there.
+                Positions themselves are counted from the tokens.
+            past_key_values: a `BMojoCache`; made here where None and use_cache.
+            output_eidetic: also return innovations and eidetic positions: see `BMojoModelOutput`.
+            seq_idx, cu_seq_lens_q: other ways to say where packed documents begin: (batch, seq_len) document numbers;
+                (documents + 1,) offsets into a batch of one row.
+
+        Raises:
+            ValueError: an input is malformed, contradicts another, or asks for what the model has not.
+        """
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        _check_arguments(self.config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs)
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
+        use_cache = self._use_cache(use_cache, past_key_values)
+        batch, seq_len = inputs_embeds.shape[:2]
+
+        cache = past_key_values
+        if cache is not None and not hasattr(cache, "layer_state"):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; B'MOJO keeps more than keys and values and needs its own "
+                "BMojoCache(model.config), or None. (PEFT prefix tuning passes such a cache: use prompt tuning.)"
+            )
+        seen, past = (0, None) if cache is None else (cache.seen_tokens, cache.begin(inputs_embeds))
+        tokens = read_mask(attention_mask, batch, seq_len, seen, past if seen else None)
+        layout = read_layout(tokens, inputs_embeds, position_ids, seq_idx, cu_seq_lens_q, has_past=seen > 0)
+        if cache is None and use_cache and not (layout is not None and layout.packed):
+            cache = BMojoCache(self.config)
+            past = cache.begin(inputs_embeds)
+        if cache is not None and layout is not None and layout.packed:
+            raise ValueError("Packed documents can't be read into a cache: pass past_key_values=None, use_cache=False.")
+
+        rows = inputs_embeds if layout is None else layout.to_rows(inputs_embeds)
+        call = self._call(rows, layout, cache, past if seen else None, past)
+        run = self._run_layers(rows, call, cache, output_hidden_states) if rows.numel() else _empty_run(self, rows, cache)
+        hidden_states, all_hidden_states, memories, states, replays = run
+        if cache is not None and seq_len:
+            cache.store(states, torch.ones_like(inputs_embeds[..., 0], dtype=torch.bool) if tokens is None else tokens, replays)
+
+        back = (lambda x: x) if layout is None else layout.from_rows
+        losses = [memory["loss"] for memory in memories if "loss" in memory]
+        output = BMojoModelOutput(
+            last_hidden_state=back(self.norm(hidden_states)),
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(map(back, all_hidden_states)) if output_hidden_states else None,
+            predictor_loss=torch.stack(losses).sum() if losses and self.training else None,
+        )
+        if output_hidden_states:  # the last one is the normalised one, as in transformers
+            output.hidden_states = (*output.hidden_states, output.last_hidden_state)
+        if output_eidetic:
+            output.innovations = tuple(_back_or_none(back, memory.get("innovation")) for memory in memories)
+            output.eidetic_positions = tuple(memory.get("positions") for memory in memories)
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def embed(self, input_ids, inputs_embeds):
+        """Embeddings of the ids, or the embeddings given; checks both."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is not None:
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, seq_len, "
+                    f"{self.config.hidden_size})."
+                )
+            return inputs_embeds
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq_len).")
+        if not torch.compiler.is_compiling() and input_ids.numel() and input_ids.device.type != "meta":
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            size = self.embed_tokens.num_embeddings
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"input_ids run from {low} to {high}; the vocabulary has ids 0 to {size - 1}. Is the tokenizer the model's?"
+                )
+        return self.embed_tokens(input_ids)
+
+    def _use_cache(self, use_cache, past_key_values) -> bool:
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        if use_cache and self.gradient_checkpointing and self.training:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing: no cache is returned.")
+            return False
+        return use_cache
+
+    def _call(self, rows, layout, cache, past, lengths_before) -> Call:
+        """What the layers share. `past` is None where every row begins here."""
+        seq_len = rows.shape[1]
+        dtype = at_least_float32(rows)
+        inv_freq, scaling = rotary_frequencies(self.config)
+
+        def table(positions, inverse=False):
+            cos, sin = rotary_table(positions, inv_freq, 1 / scaling if inverse else scaling, dtype)
+            return (cos, -sin) if inverse else (cos, sin)
+
+        positions = torch.arange(seq_len, device=rows.device)[None]
+        if past is not None or (cache is not None and seq_len == 1):
+            past = lengths_before if past is None else past
+            positions = positions + past[:, None]
+        lengths = None if layout is None else layout.lengths
+        in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
+        fixed = cache is not None and cache.max_cache_len is not None
+        return Call(past, lengths, positions, table, *table(positions), in_place=in_place, fixed_columns=fixed)
+
+    def _run_layers(self, hidden_states, call: Call, cache, keep_hidden: bool):
+        kept, memories, states, replays = [], [], [], []
+        for layer_idx, layer in enumerate(self.layers):
+            if keep_hidden:
+                kept.append(hidden_states)
+            state = None
+            if cache is not None:
+                state = cache.layer_state(layer_idx, self.config.layers_block_type[layer_idx], hidden_states)
+                if cache.is_recording_past():
+                    replays.append(partial(_replay, layer, hidden_states.detach(), call, state))
+            hidden_states, state, memory = layer(hidden_states, call, state)
+            states.append(state)
+            memories.append(memory)
+        return hidden_states, kept, memories, states, replays or None
+
+
+@torch.no_grad()
+def _replay(layer, hidden_states, call: Call, state, lengths):
+    """The state of a layer after only the first `lengths` tokens of a call."""
+    shorter = Call(**{**vars(call), "lengths": lengths.to(hidden_states.device), "in_place": False})
+    return layer.mixer(layer.input_layernorm(hidden_states), shorter, state)[1]
+
+
+def _empty_run(model, rows, cache):
+    """A call without a token: no layer runs, no state changes."""
+    states = None if cache is None else [layer.state for layer in cache.layers]
+    return rows, [rows] * len(model.layers), [{}] * len(model.layers), states, None
+
+
+def _back_or_none(back, x):
+    return None if x is None else back(x)
+
+
+def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs):
+    """Refuse what would otherwise be ignored."""
+    if output_attentions or (output_attentions is None and config.output_attentions):
+        raise ValueError(
+            "output_attentions is not supported: a query's keys differ from layer to layer and are no positions of the input. "
+            "output_eidetic=True returns what every layer remembers."
+        )
+    if (cu_seq_lens_q is None) != (cu_seq_lens_k is None) and cu_seq_lens_q is None:
+        raise ValueError("cu_seq_lens_k was passed without cu_seq_lens_q; pass cu_seq_lens_q.")
+    if cu_seq_lens_k is not None and not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; queries and keys of B'MOJO are the same documents.")
+    known = {"max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits", "cache_position"}
+    unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
+    if unknown:
+        raise ValueError(f"B'MOJO's forward does not know {', '.join(unknown)}; remove it, or use one of its documented arguments.")
+
+
+def rotary_frequencies(config) -> tuple[torch.Tensor, float]:
+    """inv_freq (head_dim / 2,) and the factor on cos and sin, from the config at use: no buffer that a cast could round."""
+    parameters = config.rope_parameters
+    if parameters["rope_type"] == "default":
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        return torch.tensor(float(parameters["rope_theta"]), dtype=torch.float64) ** -exponents, 1.0
+    return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+
+
+class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
+    """B'MOJO with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: BMojoConfig):
+        super().__init__(config)
+        self.model = BMojoModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BMojoCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_eidetic: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BMojoCausalLMOutput | tuple:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            labels: (batch, seq_len), shifted inside; -100 is ignored. So are padding and the first token of every row or
+                packed document, which nothing of its own predicts.
+            logits_to_keep: only the last so many logits, or those at these indices; 0 keeps all.
+            kwargs: for the loss (`num_items_in_batch`, `shift_labels`).
+
+        The other arguments and the errors are those of `BMojoModel.forward`.
+        """
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_eidetic=output_eidetic,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, keep])
+
+        loss = None
+        if labels is not None:
+            tokens = read_mask(attention_mask, *hidden_states.shape[:2], _seen_before(attention_mask, hidden_states))
+            layout = read_layout(tokens, hidden_states, position_ids, seq_idx, cu_seq_lens_q)
+            if layout is not None:
+                labels = labels.masked_fill((~layout.tokens | layout.starts).to(labels.device), -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+            if outputs.predictor_loss is not None:
+                loss = loss + self.config.innovation_loss_coef * outputs.predictor_loss.to(loss.device, loss.dtype)
+        output = BMojoCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            innovations=outputs.innovations,
+            eidetic_positions=outputs.eidetic_positions,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+    ):
+        """generate() makes a BMojoCache; `cache_implementation` may be None, "dynamic" or "static"."""
+        wanted = generation_config.cache_implementation
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+            )
+        if wanted not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation={wanted!r} is not supported: B'MOJO's cache is of fixed size already. Use None, or "
+                "'static' for static shapes (torch.compile)."
+            )
+        cache = BMojoCache(self.config, max_cache_len=max_cache_length if wanted == "static" else None)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+        return None
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+        """The 2-D mask as it is: B'MOJO makes the others itself, also where generate() compiles."""
+        return attention_mask
+
+
+def _seen_before(attention_mask, hidden_states) -> int:
+    """Columns of the mask that belong to the past."""
+    return 0 if attention_mask is None else max(0, attention_mask.shape[-1] - hidden_states.shape[1])
+
+
+class _HeadOnModel:
+    """Builds a head's base model from the class beside it: transformers' generic heads ask AutoModel, which knows no remote code."""
+
+    def _build(self, config):
+        PreTrainedModel.__init__(self, config)
+        attach(config)
+        self.model = BMojoModel(config)
+
+
+class BMojoForSequenceClassification(_HeadOnModel, GenericForSequenceClassification, BMojoPreTrainedModel):
+    def __init__(self, config):
+        self._build(config)
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class BMojoForTokenClassification(_HeadOnModel, GenericForTokenClassification, BMojoPreTrainedModel):
+    def __init__(self, config):
+        self._build(config)
+        self.num_labels = config.num_labels
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class BMojoForQuestionAnswering(_HeadOnModel, GenericForQuestionAnswering, BMojoPreTrainedModel):
+    def __init__(self, config):
+        self._build(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+def get_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Groups for an optimizer: weight decay on matrices, none on A_log, D, dt_bias, norms and biases.
+
+    Works on the model and on a PEFT wrapper of it; leaves out frozen parameters.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(get_parameter_groups(model, weight_decay=0.1), lr=1e-3)
+    """
+    decayed, exempt = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            dynamics = any(part in ("A_log", "D", "dt_bias") for part in name.split("."))
+            (exempt if dynamics or parameter.dim() < 2 else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+__all__ = [
+    "BMojoCache",
+    "BMojoForCausalLM",
+    "BMojoForQuestionAnswering",
+    "BMojoForSequenceClassification",
+    "BMojoForTokenClassification",
+    "BMojoModel",
+    "BMojoPreTrainedModel",
+    "get_parameter_groups",
+]
