@@ -43,16 +43,16 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
     keys = (config.num_key_value_heads, config.head_dim)
     window, memory = config.sliding_window, config.eidetic_size
     if layer_type == "full_attention":
-        shapes |= {name: ((0, *keys), "model") for name in ("full_key", "full_value")}
+        shapes |= dict.fromkeys(("full_key", "full_value"), ((0, *keys), "model"))
     if layer_type == "sliding_attention" or (layer_type == "bmojo" and not memory):
-        shapes |= {name: ((window, *keys), "model") for name in ("window_key", "window_value")}
+        shapes |= dict.fromkeys(("window_key", "window_value"), ((window, *keys), "model"))
     if layer_type == "bmojo" and config.fading_span:
-        shapes |= {name: ((2 * window, *keys), "model") for name in ("fading_key", "fading_value")}
+        shapes |= dict.fromkeys(("fading_key", "fading_value"), ((2 * window, *keys), "model"))
     if layer_type == "bmojo" and memory:
         slots = window + config.eidetic_chunk_size
-        shapes |= {name: ((slots, *keys), "model") for name in ("window_key", "window_value")}
+        shapes |= dict.fromkeys(("window_key", "window_value"), ((slots, *keys), "model"))
         shapes |= {"window_innovation": ((slots,), "wide")}
-        shapes |= {name: ((memory, *keys), "model") for name in ("eidetic_key", "eidetic_value")}
+        shapes |= dict.fromkeys(("eidetic_key", "eidetic_value"), ((memory, *keys), "model"))
         shapes |= {"eidetic_innovation": ((memory,), "wide"), "eidetic_position": ((memory,), "int64")}
         if config.innovation_predictor in ("average", "exponential", "learnable"):
             shapes["history"] = ((config.innovation_kernel, config.hidden_size), "model")
@@ -267,7 +267,9 @@ class BMojoCache(Cache):
             raise ValueError(f"crop takes a negative number of columns to remove, got {tokens_to_remove}.")
         remove = -tokens_to_remove
         if remove and not self._recording:
-            raise RuntimeError("crop needs a record of the past: call activate_past_recording() before the calls to undo.")
+            raise RuntimeError(
+                "crop needs a record of the past: call activate_past_recording() before the calls to undo."
+            )
         logged = sum(call["tokens"].shape[1] for call in self._log)
         if remove > logged:
             raise ValueError(f"crop was asked to remove {remove} columns, the log holds the last {logged}.")
@@ -328,7 +330,9 @@ class BMojoCache(Cache):
                 raise ValueError(f"{path} was not written by BMojoCache.save.")
             saved = json.loads(metadata["config"])
             now = json.loads(json.dumps({name: getattr(config, name) for name in _FINGERPRINT}))
-            differing = [f"{name} ({saved.get(name)} there, {now[name]} here)" for name in now if saved.get(name) != now[name]]
+            differing = [
+                f"{name} ({saved.get(name)} there, {now[name]} here)" for name in now if saved.get(name) != now[name]
+            ]
             if differing:
                 raise ValueError(f"{path} belongs to a model with another configuration: {', '.join(differing)}.")
             cache = cls(config, max_cache_len=json.loads(metadata["max_cache_len"]))

@@ -28,6 +28,7 @@ logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANS
 _NO_TRITON = "triton is not installed (`pip install triton`)"
 MODES = ("auto", "torch", "triton")
 _HERE = Path(__file__).resolve().parent
+_loaded: dict[str, Callable] = {}  # the kernels in use, by name
 __path__ = [str(_HERE / "kernels")] if (_HERE / "kernels").is_dir() else []  # next to this file: a checkout
 
 
@@ -52,7 +53,6 @@ def attach(config) -> None:
     folder = os.path.abspath(os.path.join(root, "kernels"))
     if os.path.isdir(folder):
         __path__[:] = [folder]
-        load.cache_clear()
 
 
 @functools.cache
@@ -62,14 +62,15 @@ def _fetch(repository: str) -> str:
     return snapshot_download(repository, revision=commit, allow_patterns="kernels/*.py")
 
 
-@functools.cache
 def load(name: str) -> Callable | None:
     """The function `name` of `kernels/<name>.py`; None where no such file ships. What its import raises is a bug."""
-    return getattr(import_module(f"{__name__}.{name}"), name) if _ships(name) else None
+    if name not in _loaded and _ships(name):
+        _loaded[name] = getattr(import_module(f"{__name__}.{name}"), name)
+    return _loaded.get(name)
 
 
 def _ships(name: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, f"{name}.py")) for folder in __path__)
+    return name in _loaded or any(os.path.isfile(os.path.join(folder, f"{name}.py")) for folder in __path__)
 
 
 def copy_kernels(config, save_directory: str | os.PathLike) -> None:
@@ -89,28 +90,28 @@ def dispatch(definition: Callable) -> Callable:
 
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
-        kernel = _choose(definition.__name__, x.device.type)
-        return (kernel or definition)(x, *args, **kwargs)
+        run = _loaded[definition.__name__] if _use_kernel(definition.__name__, x.device.type) else definition
+        return run(x, *args, **kwargs)
 
     op.definition = definition  # tests compare against it
     return op
 
 
-@torch.compiler.assume_constant_result  # torch.compile takes the choice as it is: no import, no log line in a graph
-def _choose(name: str, device: str) -> Callable | None:
-    """The kernel for a call, or None for the definition; says once which it is and why."""
+@torch.compiler.assume_constant_result  # torch.compile takes the answer as it is: no import, no log line in a graph
+def _use_kernel(name: str, device: str) -> bool:
+    """Whether a kernel runs on that device, which then is loaded, or the definition; says once which and why."""
     mode = os.environ.get("BMOJO_KERNELS", "auto")
     if mode not in MODES:
         raise ValueError(f"BMOJO_KERNELS is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")
     obstacle = _obstacle(name, device, mode)
     if obstacle is None:
         logger.info_once(f"{name} on {device}: Triton kernel of {__path__[0]}.")
-        return load(name)
+        return load(name) is not None
     if mode == "triton":
         raise RuntimeError(f"BMOJO_KERNELS=triton, but {obstacle}; BMOJO_KERNELS=auto falls back to torch.")
     say = logger.warning_once if obstacle is _NO_TRITON else logger.info_once  # that one costs speed needlessly
     say(f"B'MOJO runs its torch definitions: {obstacle}.")
-    return None
+    return False
 
 
 def _obstacle(name: str, device: str, mode: str) -> str | None:

@@ -54,7 +54,9 @@ def read_mask(attention_mask, batch: int, seq_len: int, past_columns: int, past_
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        shape = (
+            tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        )
         raise ValueError(
             f"attention_mask must be 2-D (batch, seq_len) with 1 for tokens and 0 for padding, got {shape}. B'MOJO makes the "
             "causal and window masks itself; for packed documents pass seq_idx, cu_seq_lens_q or position_ids."
@@ -62,7 +64,11 @@ def read_mask(attention_mask, batch: int, seq_len: int, past_columns: int, past_
     if attention_mask.shape not in ((batch, seq_len), (batch, past_columns + seq_len)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch}, {seq_len}) for the new tokens"
-            + (f" or ({batch}, {past_columns + seq_len}) with the {past_columns} in the cache." if past_columns else ".")
+            + (
+                f" or ({batch}, {past_columns + seq_len}) with the {past_columns} in the cache."
+                if past_columns
+                else "."
+            )
         )
     tokens = attention_mask[:, attention_mask.shape[1] - seq_len :].bool()
     if torch.compiler.is_compiling():
@@ -110,7 +116,9 @@ def read_layout(tokens, like, position_ids=None, seq_idx=None, cu_seq_lens=None,
     (first, breaks), *others = said.items()
     for name, other in others:
         if not torch.equal(breaks, other):
-            raise ValueError(f"{first} and {name} put document boundaries at different tokens; pass one of them, or fix one.")
+            raise ValueError(
+                f"{first} and {name} put document boundaries at different tokens; pass one of them, or fix one."
+            )
     if has_past:
         raise ValueError(
             f"{first} starts a new document inside a call that continues past_key_values. Packed documents need a call "
@@ -174,7 +182,9 @@ def _from_offsets(cu_seq_lens, batch, seq_len, padding, device):
     if cu_seq_lens is None:
         return None
     if batch != 1 or padding is not None:
-        raise ValueError("cu_seq_lens describe one flattened row without padding: pass a batch of 1 and no attention_mask.")
+        raise ValueError(
+            "cu_seq_lens describe one flattened row without padding: pass a batch of 1 and no attention_mask."
+        )
     offsets = cu_seq_lens.to(device, torch.int64)
     if offsets.dim() != 1 or offsets[0] != 0 or offsets[-1] != seq_len or (offsets.diff() < 0).any():
         raise ValueError(f"cu_seq_lens must rise from 0 to seq_len {seq_len}, got {cu_seq_lens.tolist()}.")

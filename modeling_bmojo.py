@@ -221,9 +221,7 @@ class BMojoMLP(nn.Module):
 
 
 class BMojoDynamics(nn.Module):
-    """A_log, D and dt_bias of an SSM: a module with a forward of its own, so that PEFT's `modules_to_save`, FSDP2 units
-    and hooks reach them.
-    """
+    """A_log, D and dt_bias of an SSM, in a module with a forward: PEFT's `modules_to_save`, FSDP2 units and hooks reach it."""
 
     def __init__(self, config, kind: str):
         super().__init__()
@@ -297,7 +295,9 @@ class BMojoMamba2(BMojoSSM):
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, and the tensors "conv" and "ssm" of the new state."""
-        z, xbc, dt = self.in_proj(u).split([self.inner, self.inner + 2 * self.grouped, self.config.mamba_num_heads], -1)
+        z, xbc, dt = self.in_proj(u).split(
+            [self.inner, self.inner + 2 * self.grouped, self.config.mamba_num_heads], -1
+        )
         xbc, conv = self.convolve(xbc, call, state)
         x, B, C = xbc.split([self.inner, self.grouped, self.grouped], -1)
         dt, A, D = self.time_step(dt, call)
@@ -344,10 +344,14 @@ class BMojoAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=config.attention_bias)
+        self.q_proj = nn.Linear(
+            config.hidden_size, config.num_attention_heads * config.head_dim, bias=config.attention_bias
+        )
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_bias
+        )
         self.q_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.scale = config.head_dim**-0.5
@@ -384,8 +388,12 @@ class BMojoAttention(nn.Module):
         if not call.fixed_columns:
             buffer = torch.cat([buffer.to(new.dtype), torch.zeros_like(new)], 1)
         index = call.positions.expand(new.shape[0], seq_len)
-        if call.lengths is not None:  # behind a row's last token: put back what is there, at a place nothing else takes
-            index = torch.where(call.real(), index, torch.arange(seq_len, device=new.device) - seq_len + buffer.shape[1])
+        if (
+            call.lengths is not None
+        ):  # behind a row's last token: put back what is there, at a place nothing else takes
+            index = torch.where(
+                call.real(), index, torch.arange(seq_len, device=new.device) - seq_len + buffer.shape[1]
+            )
             new = torch.where(call.real()[..., None, None], new, take_rows(buffer, index))
         index = index.view(*index.shape, 1, 1).expand_as(new)
         return buffer.scatter(1, index, new)
@@ -467,8 +475,9 @@ class BMojoWindowAttention(BMojoAttention):
         value = self.heads(self.v_proj(u))
         rings, new = None, None
         if state is not None:
-            rings = state["window_key"], state["window_value"]
-            new = {"window_key": write_ring(rings[0], key, call), "window_value": write_ring(rings[1], value, call)}
+            rings = (state["window_key"], state["window_value"]) if call.past is not None else None
+            tokens = {"window_key": key, "window_value": value}
+            new = {name: write_ring(state[name], token, call) for name, token in tokens.items()}
         if state is not None and call.seq_len == 1:
             spans = [self.ring_span(query[:, None], (new["window_key"], new["window_value"]), call, 0, self.window)]
             mixed = span_attention(spans, self.scale)[:, 0]
@@ -559,7 +568,11 @@ class BMojoMixer(BMojoWindowAttention):
                 error = (y.to(dtype) - predict(y, history, call.positions, weights)).pow(2).sum(-1)
             error = error.masked_fill(error.isnan(), -1)  # below every error, above "no token"
         else:
-            scores = {"random": partial(hash_scores, salt=self.layer_idx), "recent": torch.clone, "oldest": torch.zeros_like}
+            scores = {
+                "random": partial(hash_scores, salt=self.layer_idx),
+                "recent": torch.clone,
+                "oldest": torch.zeros_like,
+            }
             error = scores[choice](call.positions).to(dtype).expand(y.shape[:2])
         real = call.real()
         found["innovation"] = error if real is None else error.masked_fill(~real, -torch.inf)
@@ -621,7 +634,7 @@ class BMojoMixer(BMojoWindowAttention):
         turned = self.to_blocks(turned, call)
 
         def rings(span):
-            return None if state is None else (state[f"{span}_key"], state[f"{span}_value"])
+            return None if call.past is None else (state[f"{span}_key"], state[f"{span}_value"])
 
         window = tokens["window_key"], tokens["window_value"]
         spans = [self.span(turned, *window, rings("window"), call, 0, self.window)]
@@ -653,13 +666,17 @@ class BMojoMixer(BMojoWindowAttention):
         """
         per_block, count = self.blocks(call)
         ring = None
-        if state is not None:
+        if call.past is not None:
             ring = {name: state[name] for name in ("window_key", "window_value", "window_innovation")}
             before = ring_positions(ring["window_key"], call.past_column - 1).clamp(min=0)
             ring["window_key"] = rotate(ring["window_key"], *call.table(before, inverse=True))
         start = self.base(call) - self.window - self.chunk + 1
         length = per_block * count * self.chunk
-        found = {"window_key": key, "window_value": tokens["window_value"], "window_innovation": tokens["window_innovation"]}
+        found = {
+            "window_key": key,
+            "window_value": tokens["window_value"],
+            "window_innovation": tokens["window_innovation"],
+        }
         laid = {name: timeline(token, ring and ring[name], call, start, length) for name, token in found.items()}
         positions = (start + torch.arange(length, device=key.device)).expand(key.shape[0], length)
         exists = held(call, start, length, self.window + self.chunk)
@@ -714,7 +731,9 @@ class BMojoPredictor(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((config.innovation_kernel, config.hidden_size), 1 / config.innovation_kernel))
+        self.weight = nn.Parameter(
+            torch.full((config.innovation_kernel, config.hidden_size), 1 / config.innovation_kernel)
+        )
 
     def forward(self, y, history, positions):
         return predict(y, history, positions, self.weight)
@@ -845,7 +864,9 @@ class BMojoModel(BMojoPreTrainedModel):
         Raises:
             ValueError: an input is malformed, contradicts another, or asks for what the model has not.
         """
-        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         _check_arguments(self.config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         use_cache = self._use_cache(use_cache, past_key_values)
@@ -864,14 +885,22 @@ class BMojoModel(BMojoPreTrainedModel):
             cache = BMojoCache(self.config)
             past = cache.begin(inputs_embeds)
         if cache is not None and layout is not None and layout.packed:
-            raise ValueError("Packed documents can't be read into a cache: pass past_key_values=None, use_cache=False.")
+            raise ValueError(
+                "Packed documents can't be read into a cache: pass past_key_values=None, use_cache=False."
+            )
 
         rows = inputs_embeds if layout is None else layout.to_rows(inputs_embeds)
         call = self._call(rows, layout, cache, past if seen else None, past)
-        run = self._run_layers(rows, call, cache, output_hidden_states) if rows.numel() else _empty_run(self, rows, cache)
+        run = (
+            self._run_layers(rows, call, cache, output_hidden_states)
+            if rows.numel()
+            else _empty_run(self, rows, cache)
+        )
         hidden_states, all_hidden_states, memories, states, replays = run
         if cache is not None and seq_len:
-            cache.store(states, torch.ones_like(inputs_embeds[..., 0], dtype=torch.bool) if tokens is None else tokens, replays)
+            cache.store(
+                states, torch.ones_like(inputs_embeds[..., 0], dtype=torch.bool) if tokens is None else tokens, replays
+            )
 
         back = (lambda x: x) if layout is None else layout.from_rows
         losses = [memory["loss"] for memory in memories if "loss" in memory]
@@ -981,10 +1010,12 @@ def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kw
         raise ValueError("cu_seq_lens_k was passed without cu_seq_lens_q; pass cu_seq_lens_q.")
     if cu_seq_lens_k is not None and not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; queries and keys of B'MOJO are the same documents.")
-    known = {"max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits", "cache_position"}
+    known = {"max_length_q", "max_length_k", "num_items_in_batch"}  # hints to kernels, and to the loss
     unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
     if unknown:
-        raise ValueError(f"B'MOJO's forward does not know {', '.join(unknown)}; remove it, or use one of its documented arguments.")
+        raise ValueError(
+            f"B'MOJO's forward does not know {', '.join(unknown)}; remove it, or use one of its documented arguments."
+        )
 
 
 def rotary_frequencies(config) -> tuple[torch.Tensor, float]:

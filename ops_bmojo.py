@@ -109,7 +109,9 @@ def selective_scan(x, dt, A, B, C, initial_state=None, chunk_size: int = 64):
     """
     dtype = at_least_float32(x, dt, A, B)
     batch, seq_len, channels = x.shape
-    state = x.new_zeros(batch, channels, A.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    state = (
+        x.new_zeros(batch, channels, A.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    )
     block = 4 * chunk_size
     outputs = []
     with no_autocast(x):
@@ -177,7 +179,9 @@ def predict(y, history, positions, weights):
     norm = torch.zeros(positions.shape, dtype=dtype, device=y.device)
     for k in range(1, kernel + 1):  # a fixed order of sums: the same bits for any split of the sequence
         exists = positions >= k
-        total = total + (past[:, kernel - k : kernel - k + seq_len] * weights[k - 1]).masked_fill(~exists[..., None], 0)
+        total = total + (past[:, kernel - k : kernel - k + seq_len] * weights[k - 1]).masked_fill(
+            ~exists[..., None], 0
+        )
         norm = norm + exists.to(dtype) * (weights[k - 1] if weights.dim() == 1 else 1.0 / kernel)
     return total / torch.where(norm > 0, norm, 1)[..., None]
 
@@ -212,7 +216,7 @@ def select(scores, size: int):
 
 
 def rotary_table(positions, inv_freq, scaling: float, dtype):
-    """cos and sin, each (*positions.shape, head_dim), of positions of any size.
+    """Cos and sin, each (*positions.shape, head_dim), of positions of any size.
 
     Angles are formed in float64, so that a position of a billion costs no precision (in float32 neighbours err by 0.05
     radians at a million). Devices without float64 form them on the CPU.
