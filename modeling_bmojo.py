@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .cache_bmojo import BMojoCache, new_state
+from .cache_bmojo import BMojoCache, cache_bytes, new_state
 from .configuration_bmojo import AUTO_MAP, LEARNED_CHOICES, BMojoConfig
 from .kernels_bmojo import attach, copy_kernels
 from .layout_bmojo import read_layout, read_mask
@@ -1194,5 +1194,6 @@ __all__ = [
     "BMojoForTokenClassification",
     "BMojoModel",
     "BMojoPreTrainedModel",
+    "cache_bytes",
     "get_parameter_groups",
 ]
