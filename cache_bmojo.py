@@ -179,7 +179,7 @@ class BMojoCache(Cache):
             replays: for every layer a function from new lengths (batch,) to the state after only so many tokens of
                 the call; needed while recording.
         """
-        if self._recording:
+        if self._recording and tokens.shape[1]:
             before = [layer.state for layer in self.layers]
             self._log.append({"before": before, "lengths": self.lengths, "tokens": tokens, "replays": replays})
             while len(self._log) > 1 and sum(call["tokens"].shape[1] for call in self._log) > _MAX_LOGGED_TOKENS:

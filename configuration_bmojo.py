@@ -2,9 +2,18 @@
 
 import math
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+
+
+MINIMUM_TRANSFORMERS = (5, 23)  # what the tests run with: strict dataclass configs, caches that roll back
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_TRANSFORMERS:
+    raise ImportError(
+        f"B'MOJO needs transformers {'.'.join(map(str, MINIMUM_TRANSFORMERS))} or newer, found "
+        f"{transformers.__version__}: pip install -U transformers"
+    )
 
 
 AUTO_MAP = {

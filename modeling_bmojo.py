@@ -110,6 +110,11 @@ class Call:
             return None
         return torch.arange(self.seq_len, device=self.lengths.device) < self.lengths[:, None]
 
+    def to(self, device, **kwargs) -> "Call":
+        """The call on another device: what accelerate's hooks ask of an argument when layers are spread over devices."""
+        moved = {k: v.to(device, **kwargs) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        return Call(**moved)
+
     def end(self) -> torch.Tensor:
         """Position behind the last real token, (rows or 1, 1)."""
         new = self.seq_len if self.lengths is None else self.lengths[:, None]
@@ -864,56 +869,49 @@ class BMojoModel(BMojoPreTrainedModel):
         Raises:
             ValueError: an input is malformed, contradicts another, or asks for what the model has not.
         """
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         _check_arguments(self.config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         use_cache = self._use_cache(use_cache, past_key_values)
-        batch, seq_len = inputs_embeds.shape[:2]
-
         cache = past_key_values
-        if cache is not None and not hasattr(cache, "layer_state"):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; B'MOJO keeps more than keys and values and needs its own "
-                "BMojoCache(model.config), or None. (PEFT prefix tuning passes such a cache: use prompt tuning.)"
-            )
-        seen, past = (0, None) if cache is None else (cache.seen_tokens, cache.begin(inputs_embeds))
-        tokens = read_mask(attention_mask, batch, seq_len, seen, past if seen else None)
+        seen, past = 0, None
+        if cache is not None:
+            _check_cache(cache)
+            seen, past = cache.seen_tokens, cache.begin(inputs_embeds)
+        tokens = read_mask(attention_mask, *inputs_embeds.shape[:2], seen, past if seen else None)
         layout = read_layout(tokens, inputs_embeds, position_ids, seq_idx, cu_seq_lens_q, has_past=seen > 0)
-        if cache is None and use_cache and not (layout is not None and layout.packed):
-            cache = BMojoCache(self.config)
-            past = cache.begin(inputs_embeds)
-        if cache is not None and layout is not None and layout.packed:
+        packed = layout is not None and layout.packed
+        if cache is not None and packed:
             raise ValueError(
                 "Packed documents can't be read into a cache: pass past_key_values=None, use_cache=False."
             )
+        if cache is None and use_cache and not packed:
+            cache = BMojoCache(self.config)
+            past = cache.begin(inputs_embeds)
 
         rows = inputs_embeds if layout is None else layout.to_rows(inputs_embeds)
-        call = self._call(rows, layout, cache, past if seen else None, past)
-        run = (
-            self._run_layers(rows, call, cache, output_hidden_states)
-            if rows.numel()
-            else _empty_run(self, rows, cache)
+        call = self._call(rows, layout, cache, past)
+        hidden_states, all_hidden_states, memories, states, replays = self._run_layers(
+            rows, call, cache, output_hidden_states
         )
-        hidden_states, all_hidden_states, memories, states, replays = run
-        if cache is not None and seq_len:
-            cache.store(
-                states, torch.ones_like(inputs_embeds[..., 0], dtype=torch.bool) if tokens is None else tokens, replays
-            )
+        if cache is not None:
+            if tokens is None:
+                tokens = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+            cache.store(states, tokens, replays)
 
         back = (lambda x: x) if layout is None else layout.from_rows
+        last_hidden_state = back(self.norm(hidden_states))
         losses = [memory["loss"] for memory in memories if "loss" in memory]
         output = BMojoModelOutput(
-            last_hidden_state=back(self.norm(hidden_states)),
+            last_hidden_state=last_hidden_state,
             past_key_values=cache if use_cache else None,
-            hidden_states=tuple(map(back, all_hidden_states)) if output_hidden_states else None,
+            hidden_states=(*map(back, all_hidden_states), last_hidden_state) if output_hidden_states else None,
             predictor_loss=torch.stack(losses).sum() if losses and self.training else None,
         )
-        if output_hidden_states:  # the last one is the normalised one, as in transformers
-            output.hidden_states = (*output.hidden_states, output.last_hidden_state)
         if output_eidetic:
-            output.innovations = tuple(_back_or_none(back, memory.get("innovation")) for memory in memories)
+            found = [memory.get("innovation") for memory in memories]
+            output.innovations = tuple(None if innovation is None else back(innovation) for innovation in found)
             output.eidetic_positions = tuple(memory.get("positions") for memory in memories)
         return output if return_dict in (None, True) else output.to_tuple()
 
@@ -947,8 +945,8 @@ class BMojoModel(BMojoPreTrainedModel):
             return False
         return use_cache
 
-    def _call(self, rows, layout, cache, past, lengths_before) -> Call:
-        """What the layers share. `past` is None where every row begins here."""
+    def _call(self, rows, layout, cache, past) -> Call:
+        """What the layers share. `past`: the rows' lengths in the cache, None without cache."""
         seq_len = rows.shape[1]
         dtype = at_least_float32(rows)
         inv_freq, scaling = rotary_frequencies(self.config)
@@ -958,8 +956,9 @@ class BMojoModel(BMojoPreTrainedModel):
             return (cos, -sin) if inverse else (cos, sin)
 
         positions = torch.arange(seq_len, device=rows.device)[None]
-        if past is not None or (cache is not None and seq_len == 1):
-            past = lengths_before if past is None else past
+        if cache is not None and cache.seen_tokens == 0 and seq_len > 1:
+            past = None  # every row begins here: blocks are cut alike, and no ring is read
+        if past is not None:
             positions = positions + past[:, None]
         lengths = None if layout is None else layout.lengths
         in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
@@ -967,6 +966,10 @@ class BMojoModel(BMojoPreTrainedModel):
         return Call(past, lengths, positions, table, *table(positions), in_place=in_place, fixed_columns=fixed)
 
     def _run_layers(self, hidden_states, call: Call, cache, keep_hidden: bool):
+        """Hidden states, the inputs of all layers if kept, what they remembered, their states, and how to replay them."""
+        if not hidden_states.numel():  # no token: no layer runs, no state changes
+            states = None if cache is None else [layer.state for layer in cache.layers]
+            return hidden_states, [hidden_states] * len(self.layers), [{}] * len(self.layers), states, None
         kept, memories, states, replays = [], [], [], []
         for layer_idx, layer in enumerate(self.layers):
             if keep_hidden:
@@ -989,14 +992,12 @@ def _replay(layer, hidden_states, call: Call, state, lengths):
     return layer.mixer(layer.input_layernorm(hidden_states), shorter, state)[1]
 
 
-def _empty_run(model, rows, cache):
-    """A call without a token: no layer runs, no state changes."""
-    states = None if cache is None else [layer.state for layer in cache.layers]
-    return rows, [rows] * len(model.layers), [{}] * len(model.layers), states, None
-
-
-def _back_or_none(back, x):
-    return None if x is None else back(x)
+def _check_cache(cache):
+    if not hasattr(cache, "layer_state"):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; B'MOJO keeps more than keys and values and needs its own "
+            "BMojoCache(model.config), or None. (PEFT prefix tuning passes such a cache: use prompt tuning.)"
+        )
 
 
 def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs):

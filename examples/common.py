@@ -1,0 +1,49 @@
+"""What the example programs share: finding texts, loading a model, saving a tokenizer."""
+
+import gzip
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+ROOT = Path(__file__).resolve().parent.parent  # this repository, itself a model folder
+
+
+def find_text_files(folder: str | Path) -> list[Path]:
+    """Return the .txt and .txt.gz files under ``folder``, sorted by path."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SystemExit(f"There is no folder {folder}: name one that holds .txt or .txt.gz files.")
+    files = sorted(path for path in folder.rglob("*") if path.name.endswith((".txt", ".txt.gz")))
+    if not files:
+        raise SystemExit(f"The folder {folder} holds no .txt or .txt.gz file.")
+    return files
+
+
+def read_text(path: Path) -> str:
+    """Read one file as UTF-8, its line ends as they are."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer from a folder or the Hub, onto the GPU where there is one."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise SystemExit(f"The folder {name} holds no config.json, so no model: name another with --model.")
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=getattr(torch, dtype))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # it reads the config too
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path):
+    """Save a tokenizer under the class name that every version of transformers knows; version 5 has its own."""
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("is_local", "local_files_only"):  # how it was loaded, which is no property of it
+        fields.pop(name, None)
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

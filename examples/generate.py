@@ -1,0 +1,98 @@
+"""Continue a text, token by token, and show what the model kept in its eidetic memory.
+
+Commands:
+
+    python examples/generate.py "It was a dark night, and"
+    python examples/generate.py --prompt-file story.txt --max-new-tokens 50 --show-memory
+
+``--show-memory`` prints, for every bmojo layer, the tokens that had left the window and that the layer still holds exactly
+at the end of the text. A text no longer than the window has none.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import ROOT, load_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+
+def group_runs(positions: list[int]) -> list[tuple[int, int]]:
+    """Return ascending positions as runs of neighbours, (first, last + 1)."""
+    runs = []
+    for position in positions:
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return runs
+
+
+def mark_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], positions: list[int]) -> str:
+    """Return the text of ``ids`` with every run of tokens at ``positions`` in brackets."""
+    pieces, end = [], 0
+    for first, last in group_runs(positions):
+        pieces += [tokenizer.decode(ids[end:first]), "[", tokenizer.decode(ids[first:last]), "]"]
+        end = last
+    return "".join([*pieces, tokenizer.decode(ids[end:])])
+
+
+@torch.inference_mode()
+def kept_positions(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, list[int]]:
+    """Return, for every bmojo layer, the positions in its eidetic memory at the last token of ``ids`` (1, seq_len)."""
+    memories = model(ids, output_eidetic=True, use_cache=False, logits_to_keep=1).eidetic_positions
+    last_chunks = {layer: memory[0, -1] for layer, memory in enumerate(memories) if memory is not None}
+    return {layer: positions[positions >= 0].tolist() for layer, positions in last_chunks.items()}
+
+
+def print_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor):
+    """Print per layer which tokens were kept: in the text, and as a list of positions and tokens."""
+    window = model.config.sliding_window
+    kept, tokens = kept_positions(model, ids), ids[0].tolist()
+    if not kept:
+        print("The model has no bmojo layer, so no eidetic memory.")
+    for layer, positions in kept.items():
+        print(
+            f"\n--- layer {layer}: {len(positions)} of {model.config.eidetic_size} places taken, by tokens in brackets"
+        )
+        if not positions:
+            print(f"Nothing: the window of {window} tokens still holds what the {len(tokens)} tokens could give.")
+            continue
+        end = positions[-1] + 1
+        print(mark_tokens(tokenizer, tokens[:end], positions) + f" ... ({len(tokens) - end} tokens follow)")
+        print(", ".join(f"{position} {tokenizer.decode([tokens[position]])!r}" for position in positions))
+
+
+def main():
+    """Generate, then show the memory where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="?", help="the text to continue")
+    parser.add_argument("--prompt-file", help="read the text to continue from this file instead")
+    parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: this repository)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="default 200")
+    parser.add_argument("--temperature", type=float, default=0.8, help="default 0.8")
+    parser.add_argument("--top-k", type=int, default=50, help="sample among so many tokens (default 50); 0: all")
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--show-memory", action="store_true", help="print what each layer kept in its eidetic memory")
+    args = parser.parse_args()
+    if (args.prompt is None) == (args.prompt_file is None):
+        parser.error("give a prompt or --prompt-file, one of them.")
+    if args.prompt_file and not Path(args.prompt_file).is_file():
+        parser.error(f"there is no file {args.prompt_file}.")
+    prompt = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
+
+    model, tokenizer = load_model(args.model)
+    set_seed(args.seed)
+    inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
+    choice = {"do_sample": False}
+    if not args.greedy:
+        choice = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=streamer, **choice)
+    if args.show_memory:
+        print_memory(model, tokenizer, ids)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,441 @@
+"""Train a B'MOJO language model from nothing on a folder of text files.
+
+The texts are tokenised once into one stream, each followed by the end-of-text token, and kept in the output folder as a
+memory-mapped file. Training sees fixed-length windows of that stream in a shuffled order that depends on the seed
+alone, so a run that was stopped (Ctrl-C saves a checkpoint first) continues exactly with ``--resume``. Windows may cross
+from one text into the next.
+
+Command that made the shipped model:
+
+    python examples/pretrain.py --data data/pg19/train --eval-data data/pg19/validation --output runs/pg19 --max-minutes 60
+
+The learning rate rises linearly over ``--warmup`` steps and then falls as a cosine to zero, which it reaches after ``--steps``
+steps or, where that is earlier, after ``--max-minutes`` minutes of training; the run then ends. Minutes count over all
+resumed parts. What appears in the output folder:
+
+    final/                 the trained model with tokenizer and code; AutoModelForCausalLM loads it
+    checkpoint-<step>/     the last two checkpoints
+    log.jsonl, loss.png    loss, learning rate, tokens per second; and the curve
+    tokens-<key>.uint16    the tokenised texts
+    arguments.json         the options of the run
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import ROOT, find_text_files, read_text, save_tokenizer
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.trainer_utils import get_last_checkpoint
+
+
+# The shipped model: 5.5 million parameters, one fifth of them the embedding.
+SHIPPED_SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 128,
+    "eidetic_size": 64,
+    "eidetic_chunk_size": 64,
+    "ssm_type": "mamba2",
+    "state_size": 64,
+    "tie_word_embeddings": True,
+}
+DATA_ORDER = ("tokens", "seq_len", "batch_size", "gradient_accumulation", "seed")  # what a resumed run must not change
+
+
+def tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """Write the tokens of all files, each followed by the end-of-text token, to one file of uint16; reuse it if there.
+
+    Args:
+        files: the texts, in the order of the stream.
+        tokenizer: at most 65536 tokens.
+        folder: where the file goes. Its name holds a key of the texts' names, sizes and dates and of the vocabulary.
+
+    Returns:
+        Path of the file.
+    """
+    if len(tokenizer) > 2**16:
+        raise SystemExit(f"The tokenizer has {len(tokenizer)} tokens; the token file holds ids below {2**16}.")
+    key = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for path in files:
+        key.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    target = folder / f"tokens-{key.hexdigest()[:16]}.uint16"
+    if target.exists():
+        return target
+    unfinished = target.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        for number, path in enumerate(files, 1):
+            print(f"\rtokenising {number} of {len(files)} files", end="", file=sys.stderr, flush=True)
+            ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+            np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16).tofile(file)
+    print(file=sys.stderr)
+    unfinished.replace(target)
+    return target
+
+
+class TokenWindows(torch.utils.data.Dataset):
+    """Fixed-length windows of a token file.
+
+    Args:
+        path: a file of uint16 token ids.
+        seq_len: tokens per window.
+        length: number of windows. More than the file holds starts another pass with other borders.
+        seed: of the order; None for evenly spread windows in the order of the text.
+    """
+
+    def __init__(self, path: Path, seq_len: int, length: int, seed: int | None):
+        self.tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        self.seq_len, self.length, self.seed = seq_len, length, seed
+        self.per_pass = (len(self.tokens) + 1) // seq_len - 1  # leaves room to shift the borders by seq_len - 1
+        if self.per_pass < 1:
+            raise SystemExit(f"{len(self.tokens)} tokens are too few for windows of --seq-len {seq_len}.")
+        self._order = (None, None, None)  # number of the pass, its permutation, its shift
+
+    def __len__(self):
+        return self.length
+
+    def _start(self, index: int) -> int:
+        if self.seed is None:
+            return index * self.per_pass // self.length * self.seq_len
+        number, position = divmod(index, self.per_pass)
+        if self._order[0] != number:
+            rng = np.random.default_rng((self.seed, number))
+            self._order = (number, rng.permutation(self.per_pass), int(rng.integers(self.seq_len)))
+        return int(self._order[1][position]) * self.seq_len + self._order[2]
+
+    def __getitem__(self, index):
+        start = self._start(index)
+        ids = torch.from_numpy(self.tokens[start : start + self.seq_len].astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+class Schedule:
+    """How far the run has come, in steps and in minutes, and the share of the peak learning rate that this means."""
+
+    def __init__(self, steps: int, warmup: int, max_minutes: float | None):
+        self.steps, self.warmup, self.max_minutes = steps, warmup, max_minutes
+        self.seconds_before = 0.0  # spent before this process resumed the run
+        self.started = time.monotonic()
+
+    def start(self, seconds_before: float):
+        """Begin to count the time of this process."""
+        self.seconds_before, self.started = seconds_before, time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those of earlier parts of the run included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def progress(self, step: int) -> float:
+        """Share of the run that is done: of the steps or of the minutes, whichever is further."""
+        elapsed = self.seconds() / (60 * self.max_minutes) if self.max_minutes else 0.0
+        return min(1.0, max(step / self.steps, elapsed))
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warmup times a cosine that reaches zero at the end of the run."""
+        warmup = min(1.0, (step + 1) / (self.warmup + 1))
+        return warmup * 0.5 * (1 + math.cos(math.pi * self.progress(step)))
+
+
+class RunCallback(TrainerCallback):
+    """Keep the log file, stop in time, and save before stopping.
+
+    Seconds and tokens go into the trainer's own log history, which its checkpoints keep; ``log.jsonl`` is a copy of it.
+    """
+
+    def __init__(self, schedule: Schedule, tokens_per_step: int, log_file: Path):
+        self.schedule, self.tokens_per_step, self.log_file = schedule, tokens_per_step, log_file
+        self.last = (0, 0.0)  # step and second of the latest log
+        self.interrupted = False
+
+    def interrupt(self, *_):
+        """Ask for a checkpoint and the end of the run: a signal handler."""
+        self.interrupted = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.schedule.start(max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0))
+        self.last = (state.global_step, self.schedule.seconds())
+        with open(self.log_file, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in state.log_history)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted or self.schedule.progress(state.global_step) >= 1:
+            control.should_training_stop = True
+            control.should_save = True
+            control.should_evaluate = args.eval_strategy != "no"
+        if control.should_save:
+            control.should_log = True  # so that the checkpoint knows the time spent
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        entry, seconds = state.log_history[-1], self.schedule.seconds()
+        if "loss" in entry:
+            step, second = self.last
+            speed = (state.global_step - step) * self.tokens_per_step / max(seconds - second, 1e-9)
+            tokens = state.global_step * self.tokens_per_step
+            entry |= {"tokens": tokens, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 1)}
+            self.last = (state.global_step, seconds)
+        with open(self.log_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.last = (state.global_step, self.schedule.seconds())  # the next speed is of training alone
+
+    def on_save(self, args, state, control, **kwargs):
+        plot_losses(self.log_file, self.log_file.with_name("loss.png"))
+        self.last = (state.global_step, self.schedule.seconds())
+
+
+class Progress(ProgressCallback):
+    """The trainer's bar with loss and speed in it; lines instead where the output is no terminal."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or "train_runtime" in state.log_history[-1]:
+            return
+        names = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "lr", "tokens_per_second": "tokens/s"}
+        entry = state.log_history[-1]
+        shown = {short: f"{entry[name]:.4g}" for name, short in names.items() if name in entry}
+        if sys.stderr.isatty() and "loss" in entry:
+            self.training_bar.set_postfix(shown)
+        else:
+            self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+
+
+def plot_losses(log_file: Path, target: Path):
+    """Draw training and validation loss over the tokens seen; nothing where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # main has said so
+    with open(log_file, encoding="utf-8") as file:
+        entries = [json.loads(line) for line in file]
+    tokens_at = {entry["step"]: entry["tokens"] for entry in entries if "tokens" in entry}
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(tokens_at[e["step"]] / 1e6, e[name]) for e in entries if name in e and e["step"] in tokens_at]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(target, dpi=120)
+
+
+class ParameterGroupTrainer(Trainer):
+    """A Trainer that keeps weight decay away from the parameters that it would harm (A_log, D, dt_bias, norms)."""
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = sys.modules[type(model).__module__].get_parameter_groups(model, self.args.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=self.args.learning_rate, betas=(self.args.adam_beta1, self.args.adam_beta2)
+            )
+        return self.optimizer
+
+
+def build_config(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Make the config from the shipped sizes, then --config, then the single options; later ones win."""
+    config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
+    values = dict(SHIPPED_SIZES)
+    if options.config:
+        source = Path(options.config)
+        text = options.config if options.config.lstrip().startswith("{") else None
+        if text is None and not source.is_file():
+            raise SystemExit(f"--config {options.config!r} is neither a JSON object nor a file.")
+        try:
+            given = json.loads(text or source.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"--config is no valid JSON: {error}") from error
+        complete = "model_type" in given  # a config.json, not a few fields
+        values = given if complete else values | given
+    for name in SHIPPED_SIZES:
+        if getattr(options, name) is not None:
+            values[name] = getattr(options, name)
+    values |= {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    values.setdefault("max_position_embeddings", 2**20)  # distances are bounded, so only generate()'s warning reads it
+    return config_class(**values)
+
+
+def build_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Make a model with fresh weights from this repository's code, so that what it saves carries the code along."""
+    model_class = get_class_from_dynamic_module("modeling_bmojo.BMojoForCausalLM", str(ROOT))
+    if getattr(config, "auto_map", None) is None:
+        config.auto_map = dict(sys.modules[type(config).__module__].AUTO_MAP)
+    type(config).register_for_auto_class("AutoConfig")
+    model_class.register_for_auto_class("AutoModelForCausalLM")
+    model = model_class(config)
+    ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    return model
+
+
+def check_resume(options: argparse.Namespace, tokens: Path) -> str | None:
+    """Return the checkpoint to continue from, and keep the options of the run; refuse to mix two runs."""
+    output = Path(options.output)
+    checkpoint = get_last_checkpoint(output)
+    record = output / "arguments.json"
+    if checkpoint and not options.resume:
+        raise SystemExit(f"{output} holds {Path(checkpoint).name}: add --resume, or choose another --output.")
+    now = vars(options) | {"tokens": tokens.name}
+    if checkpoint and record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in DATA_ORDER if before[name] != now[name]]
+        if changed:
+            raise SystemExit(f"A resumed run must see its data in the same order, but changed: {'; '.join(changed)}.")
+    if options.resume and not checkpoint:
+        print(f"{output} holds no checkpoint: starting from the beginning.", file=sys.stderr)
+    record.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    return checkpoint
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of .txt or .txt.gz files")
+    parser.add_argument("--output", required=True, help="folder for checkpoints, log, and the trained model")
+    parser.add_argument("--eval-data", help="folder of texts for the validation loss at every checkpoint")
+    parser.add_argument("--eval-windows", type=int, default=64, help="windows of that loss (default 64)")
+    parser.add_argument("--tokenizer", default=str(ROOT), help="folder or Hub id (default: this repository)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per window (default 512)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows per forward pass (default 8)")
+    parser.add_argument("--gradient-accumulation", type=int, default=1, help="forward passes per step (default 1)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default 2e-3)")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="default 0.1")
+    parser.add_argument("--warmup", type=int, default=100, help="steps (default 100)")
+    parser.add_argument("--steps", type=int, default=20000, help="at most so many (default 20000)")
+    parser.add_argument(
+        "--max-minutes", type=float, help="end after so many minutes of training, learning rate at zero"
+    )
+    parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default 250)")
+    parser.add_argument("--log-every", type=int, default=10, help="steps between log entries (default 10)")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output, if any")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data (default 0)")
+    parser.add_argument("--config", help="a config.json, or a JSON object of fields that replace the shipped sizes")
+    sizes = parser.add_argument_group("sizes of the model", "each wins over --config")
+    for name, value in SHIPPED_SIZES.items():
+        kind = argparse.BooleanOptionalAction if isinstance(value, bool) else None
+        settings = {"action": kind} if kind else {"type": type(value)}
+        sizes.add_argument("--" + name.replace("_", "-"), **settings, default=None, help=f"shipped: {value}")
+    options = parser.parse_args()
+    for name in ("seq_len", "batch_size", "gradient_accumulation", "steps", "save_every", "log_every", "eval_windows"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+    if options.max_minutes is not None and options.max_minutes <= 0:
+        parser.error(f"--max-minutes is {options.max_minutes}; it must be positive.")
+    return options
+
+
+def main():
+    """Tokenise, train, save."""
+    options = parse_options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("No loss.png will be drawn: it needs matplotlib (pip install matplotlib).", file=sys.stderr)
+
+    files, output = find_text_files(options.data), Path(options.output)
+    eval_files = find_text_files(options.eval_data) if options.eval_data else None
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=True)
+    tokens = tokenize_files(files, tokenizer, output)
+    checkpoint = check_resume(options, tokens)
+
+    set_seed(options.seed)
+    if checkpoint:
+        config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
+        model = build_model(config_class.from_pretrained(checkpoint))
+    else:
+        model = build_model(build_config(options, tokenizer))
+    per_step = options.batch_size * options.gradient_accumulation
+    windows = TokenWindows(tokens, options.seq_len, options.steps * per_step, options.seed)
+    eval_windows = None
+    if eval_files:
+        eval_windows = TokenWindows(
+            tokenize_files(eval_files, tokenizer, output), options.seq_len, options.eval_windows, None
+        )
+    print(
+        f"{model.num_parameters():,} parameters; {len(windows.tokens):,} tokens in {len(files)} texts, "
+        f"{per_step * options.seq_len:,} a step, one pass in {windows.per_pass / per_step:,.0f} steps",
+        file=sys.stderr,
+    )
+
+    schedule = Schedule(options.steps, options.warmup, options.max_minutes)
+    run = RunCallback(schedule, per_step * options.seq_len, output / "log.jsonl")
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=options.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="sequential",  # TokenWindows does the shuffling
+        logging_steps=options.log_every,
+        save_steps=options.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if eval_windows else "no",
+        eval_steps=options.save_every,
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=options.seed,
+    )
+    trainer = ParameterGroupTrainer(model, arguments, train_dataset=windows, eval_dataset=eval_windows)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(run)
+    trainer.add_callback(Progress())
+    trainer.create_optimizer()
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, schedule.learning_rate_factor)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, run.interrupt)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    model.config.use_cache = True  # the trainer turns it off
+    model.save_pretrained(output / "final")
+    save_tokenizer(tokenizer, output / "final")
+    step = trainer.state.global_step
+    print(
+        f"{step} steps, {step * run.tokens_per_step:,} tokens, {schedule.seconds() / 60:.1f} minutes: {output / 'final'}"
+    )
+    if run.interrupted:
+        print("The run was interrupted; --resume continues it.", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Makes the checkout importable as the package `bmojo` and this folder as `bmojo_tests`; fixtures for tiny models."""
+
+import os
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported; no test here needs the Hub
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {  # odd sizes on purpose: none is a multiple of another where it need not be
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "sliding_window": 5,
+    "mamba_head_dim": 8,
+    "state_size": 4,
+    "chunk_size": 4,
+    "eidetic_size": 4,
+    "eidetic_chunk_size": 3,
+    "innovation_kernel": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _make_package(name: str, folder: Path):
+    """A package without `__init__.py`, under a name that does not depend on how the folder is called."""
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    sys.modules[name] = module_from_spec(spec)
+
+
+pytest.register_assert_rewrite("bmojo_tests")
+_make_package("bmojo", ROOT)
+_make_package("bmojo_tests", ROOT / "tests")
+torch.set_num_threads(1)  # tiny tensors, and other test processes beside this one
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of recorded outputs and checkpoints beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no folder `shared` beside the checkout: the recordings this test compares with are missing")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Make the configuration of a tiny model; keyword arguments override."""
+    from bmojo.configuration_bmojo import BMojoConfig
+
+    return lambda **overrides: BMojoConfig(**TINY | overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """Make a tiny causal language model, equal for equal arguments."""
+    from bmojo.modeling_bmojo import BMojoForCausalLM
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return BMojoForCausalLM(tiny_config(**overrides)).to(dtype).eval()
+
+    return make

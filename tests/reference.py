@@ -1,0 +1,331 @@
+"""The B'MOJO language model, token by token in float64, straight from section 1 of DESIGN.
+
+Slow on purpose: every loop over time is a Python loop, nothing is chunked, padded, cached or batched, and no file of the
+implementation is read. What the model computes is defined here; the tests compare every faster path against it.
+Operations are out of place, so gradients flow to whatever tensors of `state_dict` require them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Reference:
+    """What the reference computes for one sequence of T tokens.
+
+    Attributes:
+        logits: (T, vocab_size).
+        hidden: final normed states, (T, hidden_size).
+        hidden_states: the embeddings and every layer's output before the final norm, num_layers + 1 of (T, hidden_size).
+        innovations: per layer the T scores that the memory is chosen by; None where the layer is no bmojo layer.
+        memory: per layer, for every t, the ascending positions of M_{t//c}; None where the layer is no bmojo layer.
+        innovation_loss: what the learnable predictors add to the loss, with gradients to their weights only; 0 for the others.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    hidden_states: list[Tensor] = field(default_factory=list)
+    innovations: list[list[float] | None] = field(default_factory=list)
+    memory: list[list[list[int]] | None] = field(default_factory=list)
+    innovation_loss: Tensor | float = 0.0
+
+
+def reference_forward(
+    config: Any,
+    state_dict: Weights,
+    input_ids: Tensor | list[int],
+    random_scores: Callable[[int, int], list[float]] | None = None,
+) -> Reference:
+    """Run a B'MOJO language model over one unpadded sequence.
+
+    Args:
+        config: anything with BMojoConfig's attributes, derived ones filled in.
+        state_dict: of a BMojoForCausalLM, in any dtype and on any device.
+        input_ids: (T,), T at least 1.
+        random_scores: `random_scores(layer_idx, T)` gives the T scores of the predictor "random", whose hash is the
+            implementation's own choice.
+    """
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        raise ValueError(f"The reference has only default rotary embeddings, got {config.rope_parameters}.")
+    weights = {name: tensor.to("cpu", torch.float64) for name, tensor in state_dict.items()}
+    embeddings = weights["model.embed_tokens.weight"]
+    x = embeddings[torch.as_tensor(input_ids, dtype=torch.long).cpu()]
+
+    result = Reference(logits=x, hidden=x, hidden_states=[x])
+    for layer_idx, layer_type in enumerate(config.layers_block_type):
+        layer = under(weights, f"model.layers.{layer_idx}.")
+        u = rms_norm(x, layer["input_layernorm.weight"], config.rms_norm_eps)
+        x = x + mix(config, layer_idx, layer_type, under(layer, "mixer."), u, random_scores, result)
+        if config.intermediate_size is not None:
+            u = rms_norm(x, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
+            x = x + swiglu(config, under(layer, "mlp."), u)
+        result.hidden_states.append(x)
+
+    result.hidden = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)
+    head = embeddings if config.tie_word_embeddings else weights["lm_head.weight"]
+    result.logits = result.hidden @ head.T
+    return result
+
+
+def mix(
+    config, layer_idx: int, layer_type: str, weights: Weights, u: Tensor, random_scores, result: Reference
+) -> Tensor:
+    """The mixer of any layer type, (T, hidden_size) to the same; writes down what a bmojo layer chose in `result`."""
+    innovations = memory = None
+    if layer_type == "bmojo":
+        out, innovations, memory, prediction_loss = bmojo_mixer(config, layer_idx, weights, u, random_scores)
+        result.innovation_loss = result.innovation_loss + prediction_loss
+    elif layer_type == "full_attention":
+        out = attention_mixer(config, weights, u, window=len(u))
+    elif layer_type == "sliding_attention":
+        out = attention_mixer(config, weights, u, window=config.sliding_window)
+    elif layer_type in ("mamba", "mamba2"):
+        out = ssm(config, layer_type, weights, u)
+    else:
+        raise ValueError(f"Unknown layer type {layer_type!r} in layers_block_type.")
+    result.innovations.append(innovations)
+    result.memory.append(memory)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------- small parts
+
+
+def under(weights: Weights, prefix: str) -> Weights:
+    """The weights below `prefix`, their names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    out = x @ weights[f"{name}.weight"].T
+    return out + weights[f"{name}.bias"] if f"{name}.bias" in weights else out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def swiglu(config, weights: Weights, x: Tensor) -> Tensor:
+    gate = ACT2FN[config.hidden_act](linear(weights, "gate_proj", x))
+    return linear(weights, "down_proj", gate * linear(weights, "up_proj", x))
+
+
+def rotate(config, x: Tensor, position: int) -> Tensor:
+    """Rotary embedding of the heads of one token, (heads, head_dim): dimension m turns with dimension m + head_dim/2."""
+    half = config.head_dim // 2
+    exponent = -2.0 * torch.arange(half, dtype=torch.float64) / config.head_dim
+    inv_freq = config.rope_parameters["rope_theta"] ** exponent
+    cos, sin = (position * inv_freq).cos(), (position * inv_freq).sin()
+    first, second = x[:, :half], x[:, half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def queries_of(config, weights: Weights, u: Tensor) -> Tensor:
+    """(T, num_attention_heads, head_dim), not yet rotated."""
+    query = linear(weights, "q_proj", u).view(len(u), config.num_attention_heads, config.head_dim)
+    return rms_norm(query, weights["q_norm.weight"], config.rms_norm_eps) if config.use_qk_norm else query
+
+
+def keys_and_values_of(config, weights: Weights, u: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
+    """Both (T, num_key_value_heads, head_dim), not yet rotated; `prefix` "fading_" takes the fading tokens' own projections."""
+    key = linear(weights, f"{prefix}k_proj", u).view(len(u), config.num_key_value_heads, config.head_dim)
+    value = linear(weights, f"{prefix}v_proj", u).view(len(u), config.num_key_value_heads, config.head_dim)
+    return (rms_norm(key, weights["k_norm.weight"], config.rms_norm_eps) if config.use_qk_norm else key), value
+
+
+def attend(config, query: Tensor, t: int, attended: list[tuple[Tensor, Tensor, int]]) -> Tensor:
+    """Answer the query of token t, (num_attention_heads, head_dim), with one softmax over all `attended` tokens.
+
+    Each of them is a key and a value, (num_key_value_heads, head_dim), and the position at which the key is rotated.
+    """
+    query = rotate(config, query, t)
+    keys = torch.stack([rotate(config, key, position) for key, _, position in attended])
+    values = torch.stack([value for _, value, _ in attended])
+    heads_per_group = config.num_attention_heads // config.num_key_value_heads
+    out = []
+    for head in range(config.num_attention_heads):
+        group = head // heads_per_group
+        scores = keys[:, group] @ query[head] * config.head_dim**-0.5
+        out.append(scores.softmax(0) @ values[:, group])
+    return torch.cat(out)
+
+
+def attention_mixer(config, weights: Weights, u: Tensor, window: int) -> Tensor:
+    """Causal attention over the last `window` tokens, the query's own included."""
+    query = queries_of(config, weights, u)
+    key, value = keys_and_values_of(config, weights, u)
+    out = []
+    for t in range(len(u)):
+        attended = [(key[j], value[j], j) for j in range(t + 1) if j > t - window]
+        out.append(attend(config, query[t], t, attended))
+    return linear(weights, "o_proj", torch.stack(out))
+
+
+def bmojo_mixer(config, layer_idx: int, weights: Weights, u: Tensor, random_scores):
+    """Fading, innovation, selection, and one softmax over three spans.
+
+    Returns:
+        The output (T, hidden_size), the innovations, the memory of every t, and the prediction loss.
+    """
+    w = config.sliding_window
+    y = ssm(config, config.ssm_type, under(weights, "fading."), u)
+    innovations, prediction_loss = innovations_of(config, layer_idx, weights, y, random_scores)
+
+    query = queries_of(config, weights, u)
+    key, value = keys_and_values_of(config, weights, u)
+    fading_key, fading_value = keys_and_values_of(config, weights, y, "" if config.tie_attn_weights else "fading_")
+
+    out, memory = [], []
+    for t in range(len(u)):
+        chosen = select(config, t // config.eidetic_chunk_size, innovations)
+        in_window = [(key[j], value[j], j) for j in range(t + 1) if t - w < j <= t]
+        fading = [(fading_key[j], fading_value[j], j) for j in range(t + 1) if t - 2 * w < j <= t - w]
+        eidetic = [(key[j], value[j], t - eidetic_distance(config, j, chosen)) for j in chosen]
+        out.append(attend(config, query[t], t, in_window + fading + eidetic))
+        memory.append(chosen)
+    return linear(weights, "o_proj", torch.stack(out)), innovations, memory, prediction_loss
+
+
+def select(config, chunk: int, innovations: list[float]) -> list[int]:
+    """M_b, ascending: the eidetic_size most innovative of all tokens that the window of the chunk's first query left."""
+
+    def rank(j: int) -> tuple[bool, float, int]:
+        error = innovations[j]
+        return math.isnan(error), 0.0 if math.isnan(error) else -error, j  # NaN last; in a tie the earlier token first
+
+    newest = chunk * config.eidetic_chunk_size - config.sliding_window
+    return sorted(sorted(range(newest + 1), key=rank)[: config.eidetic_size])
+
+
+def eidetic_distance(config, position: int, chosen: list[int]) -> int:
+    """How far behind the query the key of an eidetic token is rotated."""
+    if config.eidetic_position == "constant":
+        return 2 * config.sliding_window
+    if config.eidetic_position == "rank":
+        return 2 * config.sliding_window + len([j for j in chosen if j >= position])  # the newest is the first
+    raise ValueError(f"Unknown eidetic_position {config.eidetic_position!r}.")
+
+
+# ---------------------------------------------------------------------------------------------------- innovation
+
+
+def innovations_of(
+    config, layer_idx: int, weights: Weights, y: Tensor, random_scores
+) -> tuple[list[float], Tensor | float]:
+    """The scores that the memory is chosen by, and the predictor's own loss (0 where nothing is learned)."""
+    seq_len = len(y)
+    kind = config.innovation_predictor
+    if kind == "recent":
+        return [float(t) for t in range(seq_len)], 0.0
+    if kind == "oldest":
+        return [0.0] * seq_len, 0.0
+    if kind == "random":
+        if random_scores is None:
+            raise ValueError(
+                "innovation_predictor 'random' needs random_scores(layer_idx, T), the implementation's hash."
+            )
+        scores = [float(score) for score in random_scores(layer_idx, seq_len)]
+        assert len(scores) == seq_len, f"random_scores gave {len(scores)} scores for {seq_len} tokens."
+        return scores, 0.0
+    y = y.detach()  # no gradient flows through the choice, and the predictor's loss trains the predictor alone
+    errors = [(y[t] - predict(config, weights, y, t)).square().sum() for t in range(seq_len)]
+    loss = config.innovation_loss_coef * sum(errors) / seq_len if kind == "learnable" else 0.0
+    return [error.item() for error in errors], loss
+
+
+def predict(config, weights: Weights, y: Tensor, t: int) -> Tensor:
+    """The prediction of y_t from those of the last innovation_kernel outputs that exist; 0 for the first token."""
+    kernel = config.innovation_kernel
+    past = [k for k in range(1, kernel + 1) if t - k >= 0]  # y_{t-k}, from the newest back
+    prediction = torch.zeros_like(y[t])
+    for k in past:
+        if config.innovation_predictor == "average":
+            weight = 1 / len(past)
+        elif config.innovation_predictor == "exponential":
+            decay = 1 - 2 / (kernel + 1)  # k - 1 and not k: equal once normalised, and defined for innovation_kernel 1
+            weight = decay ** (k - 1) / sum(decay ** (i - 1) for i in past)
+        elif config.innovation_predictor == "learnable":
+            weight = weights["predictor.weight"][k - 1] * (kernel / len(past))
+        else:
+            raise ValueError(f"Unknown innovation_predictor {config.innovation_predictor!r}.")
+        prediction = prediction + weight * y[t - k]
+    return prediction
+
+
+# ---------------------------------------------------------------------------------------------------- fading memory
+
+
+def ssm(config, ssm_type: str, weights: Weights, u: Tensor) -> Tensor:
+    """A complete SSM mixer, (T, hidden_size) to the same."""
+    return {"mamba": mamba, "mamba2": mamba2}[ssm_type](config, weights, u)
+
+
+def causal_conv(weights: Weights, x: Tensor) -> Tensor:
+    """Depthwise convolution of every channel with its own past, zeros before the start, then silu; (T, channels)."""
+    kernel = weights["conv1d.weight"][:, 0]  # (channels, conv_kernel), the last column for the current token
+    width = kernel.shape[1]
+    out = []
+    for t in range(len(x)):
+        total = torch.zeros_like(x[t])
+        for back in range(min(width, t + 1)):
+            total = total + kernel[:, width - 1 - back] * x[t - back]
+        out.append(F.silu(total + weights["conv1d.bias"] if "conv1d.bias" in weights else total))
+    return torch.stack(out)
+
+
+def step_size(config, weights: Weights, dt: Tensor) -> Tensor:
+    low, high = config.time_step_limit or (0.0, math.inf)
+    return F.softplus(dt + weights["dynamics.dt_bias"]).clamp(low, high)
+
+
+def mamba2(config, weights: Weights, u: Tensor) -> Tensor:
+    """SSD: one scalar decay per head, state (head_dim, state_size) per head."""
+    heads, head_dim, groups, n = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.state_size
+    d_inner = heads * head_dim
+    z, x_B_C, dt = linear(weights, "in_proj", u).split([d_inner, d_inner + 2 * groups * n, heads], dim=-1)
+    x, B, C = causal_conv(weights, x_B_C).split([d_inner, groups * n, groups * n], dim=-1)
+    dt = step_size(config, weights, dt)
+    A, D = -torch.exp(weights["dynamics.A_log"]), weights["dynamics.D"]
+
+    state = [torch.zeros(head_dim, n, dtype=u.dtype) for _ in range(heads)]
+    out = []
+    for t in range(len(u)):
+        x_t, B_t, C_t = x[t].view(heads, head_dim), B[t].view(groups, n), C[t].view(groups, n)
+        y_t = []
+        for h in range(heads):
+            group = h // (heads // groups)
+            state[h] = torch.exp(A[h] * dt[t, h]) * state[h] + dt[t, h] * torch.outer(x_t[h], B_t[group])
+            y_t.append(state[h] @ C_t[group] + D[h] * x_t[h])
+        gated = (torch.cat(y_t) * F.silu(z[t])).view(groups, d_inner // groups)
+        out.append(rms_norm(gated, weights["norm.weight"].view(groups, -1), config.rms_norm_eps).view(d_inner))
+    return linear(weights, "out_proj", torch.stack(out))
+
+
+def mamba(config, weights: Weights, u: Tensor) -> Tensor:
+    """S6: a diagonal decay per channel, state (d_inner, state_size)."""
+    d_inner, n = config.expand * config.hidden_size, config.state_size
+    x, z = linear(weights, "in_proj", u).split([d_inner, d_inner], dim=-1)
+    x = causal_conv(weights, x)
+    dt_low, B, C = linear(weights, "x_proj", x).split([config.time_step_rank, n, n], dim=-1)
+    dt = step_size(config, weights, linear(weights, "dt_proj", dt_low))
+    A, D = -torch.exp(weights["dynamics.A_log"]), weights["dynamics.D"]
+
+    state = torch.zeros(d_inner, n, dtype=u.dtype)
+    out = []
+    for t in range(len(u)):
+        state = torch.exp(A * dt[t, :, None]) * state + torch.outer(dt[t] * x[t], B[t])
+        out.append((state @ C[t] + D * x[t]) * F.silu(z[t]))
+    return linear(weights, "out_proj", torch.stack(out))
