@@ -18,7 +18,6 @@ class RowLayout:
         real: (rows, columns) bool, False behind a row's last token.
         inverse: (batch, seq_len), where in the flattened rows a token went.
         tokens: (batch, seq_len) bool, False for padding.
-        starts: (batch, seq_len) bool, True for the first token of every row or document.
         packed: rows are documents, not rows of the batch.
     """
 
@@ -26,7 +25,6 @@ class RowLayout:
     real: torch.Tensor
     inverse: torch.Tensor
     tokens: torch.Tensor
-    starts: torch.Tensor
     packed: bool
 
     @property
@@ -43,6 +41,15 @@ class RowLayout:
         """(rows, columns, ...) to (batch, seq_len, ...), zero where there is padding."""
         back = x.flatten(0, 1)[self.inverse]
         return back.masked_fill(~self.tokens.view(*self.tokens.shape, *[1] * (back.dim() - 2)), 0)
+
+    def shift_labels(self, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+        """For every token the label of the next token of its row or document, (batch, seq_len).
+
+        Ignored are padding, and the last token of every row or document, which nothing follows.
+        """
+        rows = labels.flatten()[self.index].masked_fill(~self.real, ignore_index)
+        rows = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], ignore_index)], 1)
+        return rows.flatten()[self.inverse].masked_fill(~self.tokens, ignore_index)
 
 
 def read_mask(attention_mask, batch: int, seq_len: int, past_columns: int, past_lengths=None):
@@ -133,7 +140,7 @@ def _padding_layout(tokens) -> RowLayout:
     order = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)
     rank = (tokens.cumsum(1) - 1).clamp(min=0)
     real = torch.arange(seq_len, device=tokens.device) < tokens.sum(1, keepdim=True)
-    return RowLayout(rows + order, real, rows + rank, tokens, tokens & (rank == 0), packed=False)
+    return RowLayout(rows + order, real, rows + rank, tokens, packed=False)
 
 
 def _check_shape(name, value, batch, seq_len):
@@ -211,7 +218,4 @@ def _packed_layout(breaks, padding, batch, seq_len) -> RowLayout:
     index[document, offset], real[document, offset] = where, True
     inverse = torch.zeros(batch * seq_len, dtype=torch.int64, device=device)
     inverse[where] = document * columns + offset
-    flat_starts = torch.zeros(batch * seq_len, dtype=torch.bool, device=device)
-    flat_starts[where] = starts
-    shape = (batch, seq_len)
-    return RowLayout(index, real, inverse.view(shape), padding.tokens, flat_starts.view(shape), packed=True)
+    return RowLayout(index, real, inverse.view(batch, seq_len), padding.tokens, packed=True)

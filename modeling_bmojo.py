@@ -19,7 +19,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from .cache_bmojo import BMojoCache, cache_bytes, new_state
 from .configuration_bmojo import AUTO_MAP, LEARNED_CHOICES, BMojoConfig
@@ -313,6 +313,10 @@ class BMojoMamba2(BMojoSSM):
         return self.out_proj(self.norm(y * F.silu(z))), {"conv": conv, "ssm": ssm}
 
 
+class BMojoTimeStepProjection(nn.Linear):
+    """Mamba's projection from the low-rank time step, a Linear that is initialised in its own way."""
+
+
 class BMojoMamba(BMojoSSM):
     """Mamba's mixer (arXiv 2312.00752): a complete layer from (rows, seq_len, hidden_size) to the same."""
 
@@ -320,7 +324,7 @@ class BMojoMamba(BMojoSSM):
         inner = config.expand * config.hidden_size
         super().__init__(config, 2 * inner, inner, inner, "mamba")
         self.x_proj = nn.Linear(inner, config.time_step_rank + 2 * config.state_size, bias=False)
-        self.dt_proj = nn.Linear(config.time_step_rank, inner, bias=False)
+        self.dt_proj = BMojoTimeStepProjection(config.time_step_rank, inner, bias=False)
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, and the tensors "conv" and "ssm" of the new state."""
@@ -562,8 +566,7 @@ class BMojoMixer(BMojoWindowAttention):
             if choice == "learnable":
                 with torch.enable_grad() if self.training else torch.no_grad():
                     error = (y.detach().to(dtype) - self.predictor(y.detach(), history, call.positions)).pow(2).sum(-1)
-                real = call.real()
-                found["loss"] = error.mean() if real is None else error[real].mean()
+                    found["loss"] = error.mean() if call.real() is None else error[call.real()].mean()
                 error = error.detach()
             else:
                 weights = torch.ones(kernel, dtype=dtype, device=y.device)
@@ -796,25 +799,25 @@ class BMojoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        """Transformers calls this for modules with parameters of their own only: every clause is about such a module."""
         std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, BMojoTimeStepProjection):
+            init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, mean=0.0, std=std)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, BMojoSSM):
-            bound = self.config.conv_kernel**-0.5
-            init.uniform_(module.conv1d.weight, -bound, bound)
-            if module.conv1d.bias is not None:
-                init.zeros_(module.conv1d.bias)
+        elif isinstance(module, nn.Conv1d):
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, BMojoDynamics):
             module.initialise()
         elif isinstance(module, BMojoRMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, BMojoPredictor):
             init.constant_(module.weight, 1 / module.weight.shape[0])
-        if isinstance(module, BMojoMamba):
-            bound = self.config.time_step_rank**-0.5
-            init.uniform_(module.dt_proj.weight, -bound, bound)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; also writes the whole auto_map and the kernels folder, so that the folder loads alone."""
@@ -1039,6 +1042,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1055,14 +1059,13 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         cu_seq_lens_k: torch.Tensor | None = None,
-        return_dict: bool | None = None,
         **kwargs,
     ) -> BMojoCausalLMOutput | tuple:
         """Logits, and the loss where labels are given.
 
         Args:
             labels: (batch, seq_len), shifted inside; -100 is ignored. So are padding and the first token of every row or
-                packed document, which nothing of its own predicts.
+                packed document, which nothing of its own predicts. logits_to_keep must then be 0.
             logits_to_keep: only the last so many logits, or those at these indices; 0 keeps all.
             kwargs: for the loss (`num_items_in_batch`, `shift_labels`).
 
@@ -1090,14 +1093,21 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError(
+                    f"labels have {labels.shape[1]} columns, logits_to_keep leaves {logits.shape[1]} logits: leave it 0."
+                )
             tokens = read_mask(attention_mask, *hidden_states.shape[:2], _seen_before(attention_mask, hidden_states))
             layout = read_layout(tokens, hidden_states, position_ids, seq_idx, cu_seq_lens_q)
-            if layout is not None:
-                labels = labels.masked_fill((~layout.tokens | layout.starts).to(labels.device), -100)
+            if layout is not None:  # the next token of the row or document, not of the column
+                loss_kwargs.setdefault("shift_labels", layout.shift_labels(labels.to(hidden_states.device)))
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
             if outputs.predictor_loss is not None:
-                loss = loss + self.config.innovation_loss_coef * outputs.predictor_loss.to(loss.device, loss.dtype)
-        output = BMojoCausalLMOutput(
+                share = _share_of_batch(labels, **loss_kwargs)
+                loss = loss + share * self.config.innovation_loss_coef * outputs.predictor_loss.to(
+                    loss.device, loss.dtype
+                )
+        return BMojoCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -1105,7 +1115,6 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             innovations=outputs.innovations,
             eidetic_positions=outputs.eidetic_positions,
         )
-        return output if return_dict in (None, True) else output.to_tuple()
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
@@ -1131,6 +1140,14 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
         """The 2-D mask as it is: B'MOJO makes the others itself, also where generate() compiles."""
         return attention_mask
+
+
+def _share_of_batch(labels, num_items_in_batch=None, shift_labels=None):
+    """What part of a batch, whose micro-batches' losses are added up, this call is: 1 where it is all."""
+    if num_items_in_batch is None:
+        return 1
+    counted = (labels[:, 1:] if shift_labels is None else shift_labels) != -100
+    return counted.sum() / num_items_in_batch
 
 
 def _seen_before(attention_mask, hidden_states) -> int:
