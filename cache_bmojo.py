@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -123,6 +123,7 @@ class BMojoCache(Cache):
             sliding_attention   2 kv s w
             full_attention      2 kv s (columns seen, or max_cache_len))
 
+    (without `fading_span` a bmojo layer has no 2w term; under a control predictor no innovation_kernel term)
     so it is allocated whole at the first call and does not grow, unless there are `full_attention` layers.
 
     Args:
@@ -244,6 +245,15 @@ class BMojoCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
+    def __deepcopy__(self, memo) -> "BMojoCache":
+        """A copy with tensors of its own, and an empty log: it can't be rolled back behind the copy."""
+        twin = type(self)(self.config, self.max_cache_len)
+        twin.seen_tokens, twin._recording = self.seen_tokens, self._recording
+        twin.lengths = None if self.lengths is None else self.lengths.clone()
+        for layer, own in zip(self.layers, twin.layers, strict=True):
+            own.state = {name: tensor.clone() for name, tensor in layer.state.items()}
+        return twin
+
     # -- rollback ------------------------------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
@@ -278,10 +288,12 @@ class BMojoCache(Cache):
             columns = call["tokens"].shape[1]
             kept = call["tokens"][:, : max(0, columns - remove)]
             lengths = kept.sum(1)
+            self.seen_tokens -= min(remove, columns)
             for layer, before, replay in zip(self.layers, call["before"], call["replays"], strict=True):
                 layer.state = before if remove >= columns else replay(lengths)
+                if "full_key" in layer.state and self.max_cache_len is None:  # give back the columns, too
+                    layer.map(lambda tensor: tensor[:, : self.seen_tokens].clone())
             self.lengths = call["lengths"] + lengths.to(call["lengths"].device)
-            self.seen_tokens -= min(remove, columns)
             remove -= min(remove, columns)
         self._log = []
 
@@ -324,7 +336,11 @@ class BMojoCache(Cache):
         Raises:
             ValueError: the file is no saved cache, or of a model with another configuration.
         """
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
+        try:
+            opened = safe_open(str(path), framework="pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{path} was not written by BMojoCache.save: {error}") from error
+        with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != "bmojo-cache-1":
                 raise ValueError(f"{path} was not written by BMojoCache.save.")

@@ -170,7 +170,8 @@ def write_ring(ring, new, call: Call):
         if call.lengths is not None:
             wanted = (call.lengths > 0).view(-1, *[1] * (ring.dim() - 1))
             value = torch.where(wanted, value, ring.gather(1, slot))
-        return ring.scatter_(1, slot, value) if call.in_place else ring.scatter(1, slot, value)
+        frozen = ring.is_inference() and not torch.is_inference_mode_enabled()
+        return ring.scatter_(1, slot, value) if call.in_place and not frozen else ring.scatter(1, slot, value)
     slots = torch.arange(size, device=ring.device)
     last = call.end() - 1
     position = last - (last - slots) % size  # the newest position that belongs in each slot
@@ -1130,7 +1131,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
                 f"cache_implementation={wanted!r} is not supported: B'MOJO's cache is of fixed size already. Use None, or "
                 "'static' for static shapes (torch.compile)."
             )
-        cache = BMojoCache(self.config, max_cache_len=max_cache_length if wanted == "static" else None)
+        columns = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        cache = BMojoCache(self.config, max_cache_len=columns if wanted == "static" else None)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
