@@ -170,8 +170,10 @@ def write_ring(ring, new, call: Call):
         if call.lengths is not None:
             wanted = (call.lengths > 0).view(-1, *[1] * (ring.dim() - 1))
             value = torch.where(wanted, value, ring.gather(1, slot))
-        frozen = ring.is_inference() and not torch.is_inference_mode_enabled()
-        return ring.scatter_(1, slot, value) if call.in_place and not frozen else ring.scatter(1, slot, value)
+        in_place = call.in_place and not ring.requires_grad  # an open graph may need it as it is
+        if not torch.compiler.is_compiling():  # filled in inference mode, continued outside
+            in_place = in_place and (torch.is_inference_mode_enabled() or not ring.is_inference())
+        return ring.scatter_(1, slot, value) if in_place else ring.scatter(1, slot, value)
     slots = torch.arange(size, device=ring.device)
     last = call.end() - 1
     position = last - (last - slots) % size  # the newest position that belongs in each slot
