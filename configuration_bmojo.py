@@ -59,7 +59,8 @@ class BMojoConfig(PreTrainedConfig):
         innovation_predictor (`str`): what predicts the SSM's next output, hence what counts as surprising: `"average"`,
             `"exponential"`, `"learnable"`; or the controls `"random"`, `"recent"`, `"oldest"` that do not look at it.
         innovation_kernel (`int`): how many previous outputs the predictor sees.
-        innovation_loss_coef (`float`): weight of the learnable predictor's own error in the training loss.
+        innovation_loss_coef (`float`): weight of the learnable predictor's own error in the loss of `BMojoForCausalLM`. A
+            trainer that computes the loss itself (TRL's fused head, label smoothing) leaves the predictor as it is.
         fading_span (`bool`): whether attention sees the fading tokens. Needed by the predictors that look at the SSM.
         tie_attn_weights (`bool`): fading keys and values share the projections of the window's.
         use_qk_norm (`bool`): RMSNorm per head on queries and keys before rotary, as in Qwen3.
