@@ -569,7 +569,8 @@ class BMojoMixer(BMojoWindowAttention):
             if choice == "learnable":
                 with torch.enable_grad() if self.training else torch.no_grad():
                     error = (y.detach().to(dtype) - self.predictor(y.detach(), history, call.positions)).pow(2).sum(-1)
-                    found["loss"] = error.mean() if call.real() is None else error[call.real()].mean()
+                    real = torch.ones_like(error, dtype=torch.bool) if call.real() is None else call.real()
+                    found["loss"] = error.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
                 error = error.detach()
             else:
                 weights = torch.ones(kernel, dtype=dtype, device=y.device)
@@ -1102,8 +1103,9 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
                 )
             tokens = read_mask(attention_mask, *hidden_states.shape[:2], _seen_before(attention_mask, hidden_states))
             layout = read_layout(tokens, hidden_states, position_ids, seq_idx, cu_seq_lens_q)
-            if layout is not None:  # the next token of the row or document, not of the column
-                loss_kwargs.setdefault("shift_labels", layout.shift_labels(labels.to(hidden_states.device)))
+            if layout is not None and loss_kwargs.get("shift_labels") is None:
+                # the next token of the row or document, not of the column
+                loss_kwargs["shift_labels"] = layout.shift_labels(labels.to(hidden_states.device))
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
             if outputs.predictor_loss is not None:
                 share = _share_of_batch(labels, **loss_kwargs)

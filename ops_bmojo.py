@@ -7,6 +7,8 @@ Legend of the shapes: b batch, t time, h heads, p channels per head, n state, g 
 chunk, w `sliding_window`, M `eidetic_size`.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +26,8 @@ def at_least_float32(*tensors: torch.Tensor) -> torch.dtype:
 
 def no_autocast(x: torch.Tensor):
     """A context in which autocast does not turn float32 matrix products into bfloat16."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
