@@ -19,6 +19,13 @@ _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on
 _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and further while the log holds fewer tokens
 
 
+def _differences(described: dict, config) -> str:
+    """Fields in which a configuration differs from a description of one, in words."""
+    now = json.loads(json.dumps({name: getattr(config, name) for name in _FINGERPRINT}))
+    fields = [name for name in now if described.get(name) != now[name]]
+    return ", ".join(f"{name} ({described.get(name)} there, {now[name]} here)" for name in fields)
+
+
 def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name, shape of one row, and kind of every tensor in the state of a layer of that type.
 
@@ -82,6 +89,7 @@ class BMojoCacheLayer(CacheLayerMixin):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.state: dict[str, torch.Tensor] = {}
+        self.record_past = False  # transformers itself turns it off when it hands a cache back
 
     def lazy_initialization(self, key_states, value_states):
         raise NotImplementedError("A BMojoCache is filled by the model's forward, not by keys and values.")
@@ -142,10 +150,17 @@ class BMojoCache(Cache):
         self.max_cache_len = max_cache_len
         self.lengths: torch.Tensor | None = None
         self.seen_tokens = 0
-        self._recording = False
         self._log: list[dict] = []
 
     # -- what the model calls ------------------------------------------------------------------------------------------
+
+    def check_model(self, config) -> None:
+        """Refuse to go on under another configuration than the cache was made for."""
+        if config is self.config:
+            return
+        described = json.loads(json.dumps({name: getattr(self.config, name) for name in _FINGERPRINT}))
+        if differing := _differences(described, config):
+            raise ValueError(f"past_key_values belongs to a model with another configuration: {differing}.")
 
     def begin(self, like: torch.Tensor) -> torch.Tensor:
         """Check that a call with the activations `like` (batch, seq_len, ...) fits; returns the rows' lengths so far."""
@@ -180,7 +195,7 @@ class BMojoCache(Cache):
             replays: for every layer a function from new lengths (batch,) to the state after only so many tokens of
                 the call; needed while recording.
         """
-        if self._recording and tokens.shape[1]:
+        if self.is_recording_past() and tokens.shape[1]:
             before = [layer.state for layer in self.layers]
             self._log.append({"before": before, "lengths": self.lengths, "tokens": tokens, "replays": replays})
             while len(self._log) > 1 and sum(call["tokens"].shape[1] for call in self._log) > _MAX_LOGGED_TOKENS:
@@ -248,20 +263,22 @@ class BMojoCache(Cache):
     def __deepcopy__(self, memo) -> "BMojoCache":
         """A copy with tensors of its own, and an empty log: it can't be rolled back behind the copy."""
         twin = type(self)(self.config, self.max_cache_len)
-        twin.seen_tokens, twin._recording = self.seen_tokens, self._recording
+        twin.seen_tokens = self.seen_tokens
         twin.lengths = None if self.lengths is None else self.lengths.clone()
         for layer, own in zip(self.layers, twin.layers, strict=True):
             own.state = {name: tensor.clone() for name, tensor in layer.state.items()}
+            own.record_past = layer.record_past
         return twin
 
     # -- rollback ------------------------------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
         """From now on keep what `crop` needs: the states before the last calls, and the inputs of those calls."""
-        self._recording = True
+        for layer in self.layers:
+            layer.record_past = True
 
     def is_recording_past(self, layer_idx: int = 0) -> bool:
-        return self._recording
+        return self.layers[layer_idx].record_past
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove columns as if they had never been seen, and drop the log before them.
@@ -276,7 +293,7 @@ class BMojoCache(Cache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of columns to remove, got {tokens_to_remove}.")
         remove = -tokens_to_remove
-        if remove and not self._recording:
+        if remove and not self.is_recording_past():
             raise RuntimeError(
                 "crop needs a record of the past: call activate_past_recording() before the calls to undo."
             )
@@ -344,13 +361,8 @@ class BMojoCache(Cache):
             metadata = file.metadata() or {}
             if metadata.get("format") != "bmojo-cache-1":
                 raise ValueError(f"{path} was not written by BMojoCache.save.")
-            saved = json.loads(metadata["config"])
-            now = json.loads(json.dumps({name: getattr(config, name) for name in _FINGERPRINT}))
-            differing = [
-                f"{name} ({saved.get(name)} there, {now[name]} here)" for name in now if saved.get(name) != now[name]
-            ]
-            if differing:
-                raise ValueError(f"{path} belongs to a model with another configuration: {', '.join(differing)}.")
+            if differing := _differences(json.loads(metadata["config"]), config):
+                raise ValueError(f"{path} belongs to a model with another configuration: {differing}.")
             cache = cls(config, max_cache_len=json.loads(metadata["max_cache_len"]))
             cache.seen_tokens = int(metadata["seen_tokens"])
             for name in file.keys():  # noqa: SIM118 - a safetensors file is not iterable

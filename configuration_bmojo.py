@@ -4,6 +4,7 @@ import math
 
 import transformers
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -204,6 +205,12 @@ class BMojoConfig(PreTrainedConfig):
         for name, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{name} has {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act is {self.hidden_act!r}; allowed are transformers' {', '.join(sorted(ACT2FN))}."
+            )
+        if not 0 < self.rope_parameters["rope_theta"] < math.inf:
+            raise ValueError(f"rope_theta is {self.rope_parameters['rope_theta']}; it must be positive and finite.")
         if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("rope_parameters['partial_rotary_factor'] other than 1.0 is not supported.")
 

@@ -118,7 +118,7 @@ def read_layout(tokens, like, position_ids=None, seq_idx=None, cu_seq_lens=None,
         "cu_seq_lens": _from_offsets(cu_seq_lens, batch, seq_len, padding, device),
     }
     said = {name: breaks.to(device) for name, breaks in boundaries.items() if breaks is not None}
-    if not said:
+    if not any(breaks.any() for breaks in said.values()):
         return padding
     (first, breaks), *others = said.items()
     for name, other in others:
@@ -157,7 +157,7 @@ def _compacted(values, padding):
 
 
 def _from_positions(position_ids, batch, seq_len, padding):
-    """(batch, seq_len) bool, where a document begins in a compacted row (never at 0), or None where none does."""
+    """(batch, seq_len) bool, where a document begins in a compacted row (never at 0)."""
     if position_ids is None:
         return None
     values, both = _compacted(_check_shape("position_ids", position_ids, batch, seq_len), padding)
@@ -166,8 +166,6 @@ def _from_positions(position_ids, batch, seq_len, padding):
     if torch.compiler.is_compiling():
         if seq_len > 1:
             torch._assert_async(~breaks.any(), "position_ids that restart (packed documents) need an uncompiled call")
-        return None
-    if not breaks.any():
         return None
     if ((step > 1) & both).any():
         raise ValueError(
@@ -193,7 +191,13 @@ def _from_offsets(cu_seq_lens, batch, seq_len, padding, device):
             "cu_seq_lens describe one flattened row without padding: pass a batch of 1 and no attention_mask."
         )
     offsets = cu_seq_lens.to(device, torch.int64)
-    if offsets.dim() != 1 or offsets[0] != 0 or offsets[-1] != seq_len or (offsets.diff() < 0).any():
+    if (
+        offsets.dim() != 1
+        or not len(offsets)
+        or offsets[0] != 0
+        or offsets[-1] != seq_len
+        or (offsets.diff() < 0).any()
+    ):
         raise ValueError(f"cu_seq_lens must rise from 0 to seq_len {seq_len}, got {cu_seq_lens.tolist()}.")
     breaks = torch.zeros(1, seq_len, dtype=torch.bool, device=device)
     inner = offsets[(offsets > 0) & (offsets < seq_len)]

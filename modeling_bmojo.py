@@ -880,16 +880,16 @@ class BMojoModel(BMojoPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         _check_arguments(self.config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
-        use_cache = self._use_cache(use_cache, past_key_values)
+        asked_for_cache, use_cache = use_cache, self._use_cache(use_cache, past_key_values)
         cache = past_key_values
         seen, past = 0, None
         if cache is not None:
-            _check_cache(cache)
+            _check_cache(cache, self.config)
             seen, past = cache.seen_tokens, cache.begin(inputs_embeds)
         tokens = read_mask(attention_mask, *inputs_embeds.shape[:2], seen, past if seen else None)
         layout = read_layout(tokens, inputs_embeds, position_ids, seq_idx, cu_seq_lens_q, has_past=seen > 0)
         packed = layout is not None and layout.packed
-        if cache is not None and packed:
+        if packed and (cache is not None or asked_for_cache):
             raise ValueError(
                 "Packed documents can't be read into a cache: pass past_key_values=None, use_cache=False."
             )
@@ -999,12 +999,13 @@ def _replay(layer, hidden_states, call: Call, state, lengths):
     return layer.mixer(layer.input_layernorm(hidden_states), shorter, state)[1]
 
 
-def _check_cache(cache):
+def _check_cache(cache, config):
     if not hasattr(cache, "layer_state"):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}; B'MOJO keeps more than keys and values and needs its own "
             "BMojoCache(model.config), or None. (PEFT prefix tuning passes such a cache: use prompt tuning.)"
         )
+    cache.check_model(config)
 
 
 def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs):
