@@ -131,12 +131,12 @@ class BMojoConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            if self.has_attention and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
                     "change one of them or set head_dim."
                 )
-            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+            self.head_dim = max(2, self.hidden_size // max(1, self.num_attention_heads))
         if self.state_size is None:
             self.state_size = 16 if self.ssm_types == {"mamba"} else 64
         if self.mamba_num_heads is None:
@@ -148,6 +148,11 @@ class BMojoConfig(PreTrainedConfig):
         if self.initializer_range is None:
             self.initializer_range = max(1, self.hidden_size) ** -0.5
         super().__post_init__(**kwargs)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any layer attends; where none does, heads and head_dim mean nothing."""
+        return not set(self.layers_block_type) <= set(SSM_TYPES)
 
     @property
     def ssm_types(self) -> set[str]:
@@ -215,12 +220,12 @@ class BMojoConfig(PreTrainedConfig):
             raise ValueError("rope_parameters['partial_rotary_factor'] other than 1.0 is not supported.")
 
     def _check_divisions(self):
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.has_attention and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}."
             )
-        if self.head_dim % 2:
+        if self.has_attention and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number.")
         if "mamba2" in self.ssm_types and self.mamba_num_heads % self.n_groups:
             raise ValueError(
