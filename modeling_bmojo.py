@@ -82,6 +82,7 @@ class Call:
         positions: position of every token in its row, (rows or 1, seq_len) int64.
         table: from positions (...) to cos and sin (..., head_dim); `inverse=True` for the opposite rotation.
         cos, sin: the table at `positions`.
+        scaling: the factor that is on them (attention scaling of YaRN; 1 else).
         in_place: states may be overwritten: no gradient is recorded and nothing will be rolled back.
         fixed_columns: the keys of `full_attention` have all their room already (`max_cache_len`).
     """
@@ -92,6 +93,7 @@ class Call:
     table: Callable
     cos: torch.Tensor
     sin: torch.Tensor
+    scaling: float
     in_place: bool
     fixed_columns: bool
 
@@ -598,9 +600,9 @@ class BMojoMixer(BMojoWindowAttention):
 
     def eidetic_key(self, key, call: Call):
         """Keys of a memory (..., eidetic_size, kv heads, head_dim), turned back by their rank where that counts."""
-        ranks = torch.zeros(self.memory, dtype=torch.int64, device=key.device)
-        if self.config.eidetic_position == "rank":
-            ranks = torch.arange(self.memory, 0, -1, device=key.device)  # the last place holds the newest: rank 1
+        if self.config.eidetic_position == "constant":
+            return key if call.scaling == 1 else key * call.scaling
+        ranks = torch.arange(self.memory, 0, -1, device=key.device)  # the last place holds the newest: rank 1
         return rotate(key, *call.table(-ranks))
 
     def single_spans(self, query, turned, rings, call: Call, state):
@@ -969,8 +971,8 @@ class BMojoModel(BMojoPreTrainedModel):
             positions = positions + past[:, None]
         lengths = None if layout is None else layout.lengths
         in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
-        fixed = cache is not None and cache.max_cache_len is not None
-        return Call(past, lengths, positions, table, *table(positions), in_place=in_place, fixed_columns=fixed)
+        fixed_columns = cache is not None and cache.max_cache_len is not None
+        return Call(past, lengths, positions, table, *table(positions), scaling, in_place, fixed_columns)
 
     def _run_layers(self, hidden_states, call: Call, cache, keep_hidden: bool):
         """Hidden states, the inputs of all layers if kept, what they remembered, their states, and how to replay them."""

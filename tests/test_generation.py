@@ -1,0 +1,429 @@
+"""generate(): every way of decoding equals the same without a cache."""
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, pipeline
+from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from bmojo.cache_bmojo import BMojoCache
+from bmojo.configuration_bmojo import BMojoConfig
+from bmojo.modeling_bmojo import BMojoForCausalLM
+
+
+ROOT = Path(__file__).resolve().parent.parent
+MIXED = {
+    "layers_block_type": ["mamba2", "full_attention", "sliding_attention", "mamba", "bmojo"],
+    "num_hidden_layers": 5,
+}
+VARIANTS = {
+    "bmojo": {},
+    "bmojo-mamba": {"ssm_type": "mamba", "eidetic_position": "rank", "eidetic_chunk_size": 7},
+    "mixed": MIXED,
+}
+EXACT = {"dtype": torch.float64, "eos_token_id": None}  # the tiny models would now and then end by themselves
+variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+
+
+def random_ids(batch: int, seq_len: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 97, (batch, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model, ids, steps: int) -> torch.Tensor:
+    """The ids and `steps` more, the whole text read again for each."""
+    with torch.no_grad():
+        for _ in range(steps):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def assert_greedy(model, prompt, text, steps: int):
+    """The text is the prompt and `steps` tokens, each the likeliest one after those before it: one forward, no cache."""
+    assert text.shape == (prompt.shape[0], prompt.shape[1] + steps)
+    assert torch.equal(text[:, : prompt.shape[1]], prompt)
+    with torch.no_grad():
+        likeliest = model(text[:, :-1], use_cache=False).logits.argmax(-1)
+    assert torch.equal(text[:, -steps:], likeliest[:, -steps:])
+
+
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of 1-D rows, padded with 0 on that side."""
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    columns = torch.arange(int(lengths.max()))
+    mask = columns < lengths if side == "right" else columns >= columns.numel() - lengths
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    ids[mask] = torch.cat(rows)
+    return ids, mask.long()
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Record the first argument of every call of a method of the cache."""
+
+    def install(name: str) -> list:
+        calls, method = [], getattr(BMojoCache, name)
+
+        def recorded(self, argument, *args, **kwargs):
+            calls.append(argument)
+            return method(self, argument, *args, **kwargs)
+
+        monkeypatch.setattr(BMojoCache, name, recorded)
+        return calls
+
+    return install
+
+
+# -- ways of decoding --------------------------------------------------------------------------------------------------
+
+
+@variants
+@pytest.mark.parametrize("prompt", [1, 5, 16])
+def test_greedy(tiny_model, changes, prompt):
+    model, ids = tiny_model(**EXACT, **changes), random_ids(2, prompt)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), greedy(model, ids, 20))
+
+
+def test_rows_that_have_ended_are_padded(tiny_model):
+    model, ids = tiny_model(**EXACT), random_ids(3, 7)
+    want = greedy(model, ids, 16)
+    end = int(want[0, 12])
+    got = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=end, pad_token_id=0)
+    ended = (want[:, 7:] == end).cumsum(1).cumsum(1) > 1  # behind the first one
+    assert ended[0].any()
+    assert not ended.all(0).any()  # somebody goes on
+    assert torch.equal(got[:, 7:], want[:, 7:].masked_fill(ended, 0))
+
+
+@variants
+@pytest.mark.parametrize("returned", [1, 3])
+def test_sampling(tiny_model, changes, returned):
+    model, ids, texts = tiny_model(**EXACT, **changes), random_ids(2, 9), []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        texts.append(
+            model.generate(ids, max_new_tokens=16, do_sample=True, num_return_sequences=returned, use_cache=use_cache)
+        )
+    assert torch.equal(*texts)
+    assert len(texts[0].unique(dim=0)) == 2 * returned
+
+
+@variants
+@pytest.mark.parametrize("returned", [1, 3])
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_beams(tiny_model, spy, changes, returned, cache_implementation):
+    model, ids = tiny_model(**EXACT, **changes), random_ids(2, 7)
+    settings = {"max_new_tokens": 14, "num_beams": 4, "num_return_sequences": returned, "do_sample": False}
+    orders = spy("reorder_cache")
+    got = model.generate(ids, **settings, cache_implementation=cache_implementation)
+    assert any(order.tolist() != sorted(order.tolist()) for order in orders)  # beams did change places
+    assert torch.equal(got, model.generate(ids, **settings, use_cache=False))
+
+
+def test_equal_prompts_give_equal_rows(tiny_model):
+    model, ids = tiny_model(**EXACT), random_ids(1, 7)
+    got = model.generate(ids.expand(3, -1), max_new_tokens=14, do_sample=False)
+    assert torch.equal(got, greedy(model, ids, 14).expand(3, -1))
+
+
+@variants
+def test_embeddings_for_ids(tiny_model, changes):
+    model, ids = tiny_model(**EXACT, **changes), random_ids(2, 11)
+    got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=12, do_sample=False)
+    assert torch.equal(got, greedy(model, ids, 12)[:, 11:])
+
+
+# -- padding -----------------------------------------------------------------------------------------------------------
+
+ROWS = [random_ids(1, length, seed=length)[0] for length in (1, 4, 5, 13)]
+
+
+@variants
+@pytest.mark.parametrize(
+    "settings", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 3}]
+)
+def test_left_padding(tiny_model, changes, settings):
+    model = tiny_model(**EXACT, **changes)
+    ids, mask = padded(ROWS, "left")
+    got = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **settings)
+    for row, text in zip(ROWS, got, strict=True):
+        assert_greedy(model, row[None], text[None, -len(row) - 12 :], 12)
+
+
+@variants
+@pytest.mark.parametrize("full_mask", [False, True])
+def test_right_padding(tiny_model, changes, full_mask):
+    """Prompts read by the model itself, then one token at a time for each row."""
+    model = tiny_model(**EXACT, **changes)
+    ids, mask = padded(ROWS, "right")
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, use_cache=True)
+        new = [out.logits[torch.arange(4), mask.sum(1) - 1].argmax(-1)[:, None]]
+        for _ in range(11):
+            mask = torch.cat([mask, torch.ones(4, 1, dtype=torch.int64)], 1)
+            step = mask if full_mask else None
+            out = model(new[-1], attention_mask=step, past_key_values=out.past_key_values)
+            new.append(out.logits[:, -1:].argmax(-1))
+    for row, text in zip(ROWS, torch.cat(new, 1), strict=True):
+        assert_greedy(model, row[None], torch.cat([row, text])[None], 12)
+
+
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+@variants
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("pads", [0, 3])
+def test_three_turns(tiny_model, changes, given, pads):
+    """The returned cache goes into the next turn with the whole text: only what is new is read."""
+    model = tiny_model(**EXACT, **changes)
+    cache = BMojoCache(model.config) if given else None
+    ids, mask = random_ids(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :pads] = 0
+    for turn, words in enumerate((1, 4, 8)):
+        user = random_ids(2, words, seed=10 + turn)
+        ids, mask = torch.cat([ids, user], 1), torch.cat([mask, torch.ones_like(user)], 1)
+        plain = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, use_cache=False)
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=7,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(out.sequences, plain)
+        assert cache is None or out.past_key_values is cache
+        ids, cache = out.sequences, out.past_key_values
+        mask = torch.cat([mask, torch.ones(2, 7, dtype=torch.int64)], 1)
+        assert cache.get_seq_length() == ids.shape[1] - 1  # the last token was not read yet
+
+
+@variants
+@pytest.mark.parametrize("size", [1, 3, 4, 50])
+def test_chunked_prefill(tiny_model, changes, size):
+    model, ids = tiny_model(**EXACT, **changes), random_ids(2, 17)
+    got = model.generate(ids, max_new_tokens=9, do_sample=False, prefill_chunk_size=size)
+    assert_greedy(model, ids, got, 9)
+
+
+@variants
+def test_static_cache(tiny_model, changes):
+    model, ids = tiny_model(**EXACT, **changes), random_ids(2, 13)
+    settings = {"max_new_tokens": 15, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    static = model.generate(ids, **settings, cache_implementation="static")
+    dynamic = model.generate(ids, **settings, cache_implementation="dynamic")
+    assert (static.past_key_values.is_compileable, dynamic.past_key_values.is_compileable) == (True, False)
+    assert torch.equal(static.sequences, dynamic.sequences)
+    torch.testing.assert_close(static.logits, dynamic.logits, rtol=0, atol=1e-6)
+
+
+def test_static_cache_has_the_room_asked_for(tiny_model):
+    settings = {"max_new_tokens": 3, "cache_implementation": "static", "return_dict_in_generate": True}
+    model, ids = tiny_model(**EXACT), random_ids(1, 13)
+    assert model.generate(ids, **settings).past_key_values.max_cache_len == 15  # the last token is not read
+    assert model.generate(ids, **settings, max_cache_len=64).past_key_values.max_cache_len == 64
+
+
+@pytest.mark.parametrize("name", ["quantized", "offloaded", "offloaded_static"])
+def test_other_caches_are_refused(tiny_model, name):
+    with pytest.raises(
+        ValueError, match=f"cache_implementation='{name}' is not supported: B'MOJO's cache is of fixed size"
+    ):
+        tiny_model().generate(random_ids(1, 4), max_new_tokens=2, cache_implementation=name)
+
+
+def test_a_full_cache_says_so(tiny_model):
+    model = tiny_model(**EXACT)
+    with pytest.raises(ValueError, match="max_cache_len is 10; 10 columns are in the cache and 1 more do not fit"):
+        model.generate(random_ids(1, 7), past_key_values=BMojoCache(model.config, max_cache_len=10), max_new_tokens=6)
+    cache = BMojoCache(model.config, max_cache_len=10)
+    got = model.generate(random_ids(1, 7), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert torch.equal(got, greedy(model, random_ids(1, 7), 4))
+
+
+def test_no_cache_where_the_configuration_says_so(tiny_model):
+    model, ids = tiny_model(**EXACT, use_cache=False), random_ids(2, 9)
+    assert model(ids).past_key_values is None
+    out = model.generate(ids, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
+    assert out.past_key_values is None
+    assert torch.equal(out.sequences, greedy(model, ids, 9))
+    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 9
+
+
+def test_bfloat16(tiny_model):
+    model, ids = tiny_model(dtype=torch.bfloat16, eos_token_id=None, **MIXED), random_ids(2, 13)
+    out = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    assert {tensor.dtype for name, tensor in out.past_key_values.tensors().items() if name.endswith("_value")} == {
+        torch.bfloat16
+    }
+    with torch.no_grad():
+        want = copy.deepcopy(model).double()(out.sequences, use_cache=False).logits[:, 12:-1]
+    got = torch.stack(out.logits, 1).double()
+    assert (got - want).norm() / want.norm() < 0.05  # rounding of about 2^-8 per operation; a lost state gives about 1
+
+
+# -- compilation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled():
+    """Compile with full graphs and the backend `eager`; the list of graphs that were made."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    yield lambda model: torch.compile(model, fullgraph=True, backend=backend), graphs
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("changes", [VARIANTS["bmojo-mamba"], MIXED])
+@torch.no_grad()
+def test_compiled_forward(tiny_model, compiled, changes):
+    compile_model, graphs = compiled
+    model, (ids, mask) = tiny_model(**EXACT, **changes), padded(ROWS, "left")
+    fast = compile_model(model)
+    for kwargs in ({}, {"attention_mask": mask}):
+        got, want = fast(ids, use_cache=False, **kwargs).logits, model(ids, use_cache=False, **kwargs).logits
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(("changes", "mask"), [({}, True), (VARIANTS["bmojo-mamba"], False), (MIXED, False)])
+@torch.no_grad()
+def test_compiled_decoding(tiny_model, compiled, changes, mask):
+    compile_model, graphs = compiled
+    model, ids = tiny_model(**EXACT, **changes), random_ids(2, 63)
+    want = model(ids, use_cache=False).logits
+    fast, cache = compile_model(model), BMojoCache(model.config, max_cache_len=64)
+    model(ids[:, :12], past_key_values=cache)
+    for step in range(12, 62):
+        one = {"attention_mask": torch.ones(2, 1, dtype=torch.int64)} if mask else {}
+        got = fast(ids[:, step : step + 1], past_key_values=cache, **one).logits
+        torch.testing.assert_close(got[:, 0], want[:, step], rtol=0, atol=1e-9)
+    assert 1 <= len(graphs) <= 2
+
+
+# -- drafted tokens ----------------------------------------------------------------------------------------------------
+
+PROMPTS = [
+    torch.cat([random_ids(1, 3 + i % 4, seed=i)] * (1 + i % 5), 1) for i in range(20)
+]  # 3 to 30 tokens, repeated
+
+
+def drafted_equals_greedy(model, crops, **settings):
+    for ids in PROMPTS:
+        assert_greedy(model, ids, model.generate(ids, max_new_tokens=12, do_sample=False, **settings), 12)
+    assert min(crops) < 0  # some drafts were taken back
+    assert 0 in crops  # and some kept whole
+
+
+@variants
+def test_prompt_lookup(tiny_model, spy, changes):
+    drafted_equals_greedy(tiny_model(**EXACT, **changes), spy("crop"), prompt_lookup_num_tokens=4)
+
+
+@variants
+def test_assistant(tiny_model, spy, changes):
+    model = tiny_model(**EXACT, **changes)
+    assistant = copy.deepcopy(model)  # disturbed, so that it is right now and then
+    generator = torch.Generator().manual_seed(1)
+    for parameter in assistant.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.data += 0.05 * parameter.std() * noise if parameter.numel() > 1 else 0
+    drafted_equals_greedy(model, spy("crop"), assistant_model=assistant)
+
+
+def test_an_unrelated_assistant(tiny_model):
+    model, assistant = tiny_model(**EXACT), tiny_model(**EXACT, seed=1, num_hidden_layers=1, sliding_window=3)
+    for ids in PROMPTS[:8]:
+        got = model.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=assistant)
+        assert_greedy(model, ids, got, 12)
+
+
+def test_drafts_need_no_more_room_than_they_keep(tiny_model):
+    model = tiny_model(**EXACT, layers_block_type=["full_attention", "bmojo"])
+    out = model.generate(
+        PROMPTS[3], max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4, return_dict_in_generate=True
+    )
+    plain = model.generate(PROMPTS[3], max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert out.past_key_values.num_bytes() == plain.past_key_values.num_bytes()
+
+
+# -- the rest of the interface -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_logits_to_keep(tiny_model):
+    model, ids = tiny_model(dtype=torch.float64), random_ids(2, 12)
+    want = model(ids).logits
+    assert want.shape[1] == 12
+    for keep in (1, 5, 12):
+        torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, want[:, -keep:], rtol=0, atol=1e-12)
+    chosen = torch.tensor([0, 7, 3])
+    torch.testing.assert_close(model(ids, logits_to_keep=chosen).logits, want[:, chosen], rtol=0, atol=1e-12)
+
+
+def test_generation_projects_the_last_token_only(tiny_model):
+    model, lengths = tiny_model(**EXACT), []
+    model.lm_head.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    model.generate(random_ids(1, 30), max_new_tokens=3)
+    assert lengths == [1, 1, 1]
+
+
+def test_streamer(tiny_model):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.parts, self.ended = [], False
+
+        def put(self, value):
+            self.parts.append(value.flatten())
+
+        def end(self):
+            self.ended = True
+
+    model, ids, streamer = tiny_model(**EXACT), random_ids(1, 6), Collect()
+    model.generate(ids, max_new_tokens=9, do_sample=False, streamer=streamer)
+    assert streamer.ended
+    assert [len(part) for part in streamer.parts] == [6] + [1] * 9
+    assert torch.equal(torch.cat(streamer.parts), greedy(model, ids, 9)[0])
+
+
+def test_pipeline_is_silent(tiny_model, caplog, monkeypatch):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ROOT)
+    model = tiny_model(vocab_size=4096, dtype=torch.float64, eos_token_id=tokenizer.eos_token_id)
+    assert (tokenizer.pad_token_id, tokenizer.padding_side, len(tokenizer)) == (
+        model.config.pad_token_id,
+        "left",
+        4096,
+    )
+    # what loading by AutoModelForCausalLM does for code from the model's repository
+    monkeypatch.setattr(MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {BMojoConfig: BMojoForCausalLM})
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
+    transformers_logging.warning_once.cache_clear()  # what an earlier test was told is said again
+    prompts = ["Once upon a time", "The", "A longer prompt than the others, with more words in it.", "0 1 2", "It was"]
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        answers = generator(prompts, batch_size=4, max_new_tokens=8, do_sample=False, return_full_text=False)
+    assert [record.getMessage() for record in caplog.records] == []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        new = greedy(model, ids, 8)[0, ids.shape[1] :]
+        assert answer[0]["generated_text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("word", ["mamba", "rwkv", "reformer", "xlstm", "minimax"])
+def test_generate_does_not_take_the_class_for_another(word):
+    """By such words in the class's name transformers renames or drops the cache."""
+    assert word not in BMojoForCausalLM.__name__.lower()
+    assert BMojoForCausalLM._supports_default_dynamic_cache()
