@@ -7,7 +7,7 @@ bytes, so models with different tokenizers compare.
 
 Command of the published numbers:
 
-    python examples/evaluate.py --data data/pg19/test --limit-bytes 400000
+    python examples/evaluate.py --data ../shared/data/pg19/validation --limit-bytes 200000
 """
 
 import argparse
