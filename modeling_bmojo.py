@@ -283,7 +283,7 @@ class BMojoSSM(nn.Module):
         """silu(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
         history = x.new_zeros(x.shape[0], self.config.conv_kernel - 1, x.shape[2]) if state is None else state["conv"]
         inputs = torch.cat([history.to(x.dtype), x], 1)
-        return F.silu(self.conv1d(inputs.transpose(1, 2))).transpose(1, 2), last_rows(history, x, call.lengths)
+        return F.silu(self.conv1d(inputs.transpose(1, 2).contiguous())).transpose(1, 2), last_rows(history, x, call.lengths)
 
     def time_step(self, dt, call: Call):
         """dt, A and D; dt is 0 behind a row's last token, which then leaves the state as it is."""
