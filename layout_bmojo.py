@@ -1,7 +1,7 @@
-"""Which tokens of a batch belong together: padding and packed documents, read once and taken away before the layers.
+"""Which tokens of a batch belong together: padding and packed documents, read once before the layers.
 
-The layers only ever see rows whose real tokens stand at the front: `RowLayout` moves the tokens there and back. A padded
-row is thereby the row alone, and a packed document is a row of its own.
+Mixers only ever see rows whose real tokens stand at the front. A padded row is thereby the row alone (`RowLayout`), and a
+packed document is a row of its own, beside documents of similar length (`PackedLayout`).
 """
 
 from dataclasses import dataclass
@@ -9,23 +9,22 @@ from dataclasses import dataclass
 import torch
 
 
+def _mask_rows(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Zeros in x (rows, columns, ...) where keep (rows, columns) is False."""
+    return x.masked_fill(~keep.view(*keep.shape, *[1] * (x.dim() - 2)), 0)
+
+
 @dataclass
-class RowLayout:
-    """Where the tokens of a (batch, seq_len) input stand in the rows that the layers see.
+class Rows:
+    """Rows cut out of a (batch, seq_len) input, their real tokens at the front.
 
     Attributes:
         index: (rows, columns), which token of the flattened input stands there.
         real: (rows, columns) bool, False behind a row's last token.
-        inverse: (batch, seq_len), where in the flattened rows a token went.
-        tokens: (batch, seq_len) bool, False for padding.
-        packed: rows are documents, not rows of the batch.
     """
 
     index: torch.Tensor
     real: torch.Tensor
-    inverse: torch.Tensor
-    tokens: torch.Tensor
-    packed: bool
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -34,22 +33,64 @@ class RowLayout:
 
     def to_rows(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, seq_len, ...) to (rows, columns, ...), zero behind a row's last token."""
-        rows = x.flatten(0, 1)[self.index]
-        return rows.masked_fill(~self.real.view(*self.real.shape, *[1] * (rows.dim() - 2)), 0)
+        return _mask_rows(x.flatten(0, 1)[self.index], self.real)
+
+
+@dataclass
+class RowLayout(Rows):
+    """A padded batch, every row with its real tokens at the front: the layers run on those rows.
+
+    Attributes:
+        inverse: (batch, seq_len), where in the flattened rows a token went.
+        tokens: (batch, seq_len) bool, False for padding.
+    """
+
+    inverse: torch.Tensor
+    tokens: torch.Tensor
 
     def from_rows(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, columns, ...) to (batch, seq_len, ...), zero where there is padding."""
-        back = x.flatten(0, 1)[self.inverse]
-        return back.masked_fill(~self.tokens.view(*self.tokens.shape, *[1] * (back.dim() - 2)), 0)
+        return _mask_rows(x.flatten(0, 1)[self.inverse], self.tokens)
 
     def shift_labels(self, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-        """For every token the label of the next token of its row or document, (batch, seq_len).
-
-        Ignored are padding, and the last token of every row or document, which nothing follows.
-        """
+        """For every token the label of the next token of its row, (batch, seq_len); padding and last tokens are ignored."""
         rows = labels.flatten()[self.index].masked_fill(~self.real, ignore_index)
         rows = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], ignore_index)], 1)
         return rows.flatten()[self.inverse].masked_fill(~self.tokens, ignore_index)
+
+
+@dataclass
+class PackedLayout:
+    """Packed documents: layers run on the batch as it is, and only mixers on the documents, a group of them at a time.
+
+    The documents of a group differ in length by less than a factor of two, so its rows hold less than twice their tokens.
+
+    Attributes:
+        groups: the documents as rows.
+        members: of every group, which documents its rows are, (rows,) int64.
+        where: (real tokens,), their places in the flattened input, document after document.
+        document: (real tokens,), the document of each.
+        tokens: (batch, seq_len) bool, False for padding.
+    """
+
+    groups: list[Rows]
+    members: list[torch.Tensor]
+    where: torch.Tensor
+    document: torch.Tensor
+    tokens: torch.Tensor
+
+    def from_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layers made of a batch, with zeros for padding."""
+        return _mask_rows(x, self.tokens)
+
+    def shift_labels(self, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+        """For every token the label of the next token of its document, (batch, seq_len); last tokens are ignored."""
+        following = labels.flatten()[self.where].roll(-1)
+        ends = self.document != self.document.roll(-1)
+        ends[-1:] = True
+        shifted = torch.full_like(labels.flatten(), ignore_index)
+        shifted[self.where] = following.masked_fill(ends, ignore_index)
+        return shifted.view_as(labels)
 
 
 def read_mask(attention_mask, batch: int, seq_len: int, past_columns: int, past_lengths=None):
@@ -92,7 +133,9 @@ def read_mask(attention_mask, batch: int, seq_len: int, past_columns: int, past_
     return None if bool(tokens.all()) else tokens
 
 
-def read_layout(tokens, like, position_ids=None, seq_idx=None, cu_seq_lens=None, has_past=False) -> RowLayout | None:
+def read_layout(
+    tokens, like, position_ids=None, seq_idx=None, cu_seq_lens=None, has_past=False
+) -> RowLayout | PackedLayout | None:
     """Find padding and document boundaries.
 
     Args:
@@ -140,7 +183,7 @@ def _padding_layout(tokens) -> RowLayout:
     order = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)
     rank = (tokens.cumsum(1) - 1).clamp(min=0)
     real = torch.arange(seq_len, device=tokens.device) < tokens.sum(1, keepdim=True)
-    return RowLayout(rows + order, real, rows + rank, tokens, packed=False)
+    return RowLayout(rows + order, real, rows + rank, tokens)
 
 
 def _check_shape(name, value, batch, seq_len):
@@ -205,21 +248,27 @@ def _from_offsets(cu_seq_lens, batch, seq_len, padding, device):
     return breaks
 
 
-def _packed_layout(breaks, padding, batch, seq_len) -> RowLayout:
+def _packed_layout(breaks, padding, batch, seq_len) -> PackedLayout:
     device = breaks.device
     if padding is None:
-        tokens = torch.ones(batch, seq_len, dtype=torch.bool, device=device)
-        padding = _padding_layout(tokens)
-    starts = (breaks | (torch.arange(seq_len, device=device) == 0)) & padding.real  # in compacted order
+        padding = _padding_layout(torch.ones(batch, seq_len, dtype=torch.bool, device=device))
+    starts = (breaks | (torch.arange(seq_len, device=device) == 0))[padding.real]  # breaks are in the rows' order
     where = padding.index[padding.real]  # real tokens, row after row, as indices into the flattened input
-    starts = starts[padding.real]
     document = starts.cumsum(0) - 1
     rank = torch.arange(len(where), device=device)
     offset = rank - rank[starts][document]
-    rows, columns = (int(document[-1]) + 1, int(offset.max()) + 1) if len(where) else (0, 0)
-    index = torch.zeros(rows, columns, dtype=torch.int64, device=device)
-    real = torch.zeros(rows, columns, dtype=torch.bool, device=device)
-    index[document, offset], real[document, offset] = where, True
-    inverse = torch.zeros(batch * seq_len, dtype=torch.int64, device=device)
-    inverse[where] = document * columns + offset
-    return RowLayout(index, real, inverse.view(batch, seq_len), padding.tokens, packed=True)
+    sizes = document.bincount()
+    buckets = torch.tensor([(size - 1).bit_length() for size in sizes.tolist()], device=device)  # 1, 2, 3-4, 5-8, ...
+    groups, members = [], []
+    for bucket in buckets.unique().tolist():
+        chosen = (buckets == bucket).nonzero().squeeze(-1)
+        row = torch.zeros_like(sizes).index_copy(0, chosen, torch.arange(len(chosen), device=device))
+        inside = buckets[document] == bucket
+        shape = (len(chosen), int(sizes[chosen].max()))
+        index = torch.zeros(shape, dtype=torch.int64, device=device)
+        real = torch.zeros(shape, dtype=torch.bool, device=device)
+        place = row[document[inside]], offset[inside]
+        index[place], real[place] = where[inside], True
+        groups.append(Rows(index, real))
+        members.append(chosen)
+    return PackedLayout(groups, members, where, document, padding.tokens)

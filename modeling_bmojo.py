@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple, logging
 from .cache_bmojo import BMojoCache, cache_bytes, new_state
 from .configuration_bmojo import AUTO_MAP, LEARNED_CHOICES, BMojoConfig
 from .kernels_bmojo import attach, copy_kernels
-from .layout_bmojo import read_layout, read_mask
+from .layout_bmojo import PackedLayout, Rows, read_layout, read_mask
 from .ops_bmojo import (
     at_least_float32,
     hash_scores,
@@ -121,6 +121,60 @@ class Call:
         """Position behind the last real token, (rows or 1, 1)."""
         new = self.seq_len if self.lengths is None else self.lengths[:, None]
         return self.past_column + new + torch.zeros_like(self.positions[:, :1])
+
+
+@dataclass
+class PackedCall:
+    """A call on packed documents: a `Call` for every group of documents of similar length.
+
+    Attributes:
+        groups: the documents as `Rows`, their `Call`, and which of the flattened rows' places are real tokens.
+        where: places of those tokens in the flattened input, group after group.
+        order: for the rows of all groups, one after the other, how to put them in the order of the documents.
+    """
+
+    groups: list[tuple[Rows, Call, torch.Tensor]]
+    where: torch.Tensor
+    order: torch.Tensor
+
+    @classmethod
+    def of(cls, layout: PackedLayout, make_call: Callable[[Rows], Call]) -> "PackedCall":
+        groups = [(rows, make_call(rows), rows.real.flatten().nonzero().squeeze(-1)) for rows in layout.groups]
+        where = torch.cat([rows.index.flatten()[taken] for rows, _, taken in groups])
+        return cls(groups, where, torch.cat(layout.members).argsort())
+
+    def to(self, device, **kwargs) -> "PackedCall":
+        """As `Call.to`."""
+        groups = []
+        for rows, call, taken in self.groups:
+            moved = Rows(rows.index.to(device, **kwargs), rows.real.to(device, **kwargs))
+            groups.append((moved, call.to(device, **kwargs), taken.to(device, **kwargs)))
+        return PackedCall(groups, self.where.to(device, **kwargs), self.order.to(device, **kwargs))
+
+    def mix(self, mixer: nn.Module, u: torch.Tensor):
+        """The mixer's output on every document, in the places of the input, (batch, seq_len, hidden_size); and its memory."""
+        found = [mixer(rows.to_rows(u), call) for rows, call, _ in self.groups]
+        memories = [output[2] or {} if len(output) > 2 else {} for output in found]
+        together = {}
+        if "innovation" in memories[0]:
+            together["innovation"] = self._back([memory["innovation"] for memory in memories], u.shape[:2])
+        if "positions" in memories[0]:
+            chunks = max(memory["positions"].shape[1] for memory in memories)
+            padded = [F.pad(m["positions"], (0, 0, 0, chunks - m["positions"].shape[1]), value=-1) for m in memories]
+            together["positions"] = torch.cat(padded)[self.order]
+        if "loss" in memories[0]:
+            shares = [len(taken) / len(self.where) for _, _, taken in self.groups]
+            together["loss"] = sum(share * memory["loss"] for share, memory in zip(shares, memories, strict=True))
+        return self._back([output[0] for output in found], u.shape[:2]), together
+
+    def _back(self, parts: list[torch.Tensor], shape) -> torch.Tensor:
+        """Rows of every group (rows, columns, ...) to (batch, seq_len, ...), zero for padding."""
+        taken = [
+            part.flatten(0, 1).index_select(0, taken) for part, (_, _, taken) in zip(parts, self.groups, strict=True)
+        ]
+        tokens = torch.cat(taken)
+        empty = tokens.new_zeros(shape.numel(), *tokens.shape[1:])
+        return empty.index_copy(0, self.where, tokens).view(*shape, *tokens.shape[1:])
 
 
 def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -283,7 +337,9 @@ class BMojoSSM(nn.Module):
         """silu(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
         history = x.new_zeros(x.shape[0], self.config.conv_kernel - 1, x.shape[2]) if state is None else state["conv"]
         inputs = torch.cat([history.to(x.dtype), x], 1)
-        return F.silu(self.conv1d(inputs.transpose(1, 2).contiguous())).transpose(1, 2), last_rows(history, x, call.lengths)
+        return F.silu(self.conv1d(inputs.transpose(1, 2).contiguous())).transpose(1, 2), last_rows(
+            history, x, call.lengths
+        )
 
     def time_step(self, dt, call: Call):
         """dt, A and D; dt is 0 behind a row's last token, which then leaves the state as it is."""
@@ -779,9 +835,14 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             self.post_attention_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.mlp = BMojoMLP(config)
 
-    def forward(self, hidden_states, call: Call, state=None):
+    def forward(self, hidden_states, call: Call | PackedCall, state=None):
         """Returns the hidden states, the new state (None without cache), and what a bmojo mixer remembered."""
-        mixed, *rest = self.mixer(self.input_layernorm(hidden_states), call, state)
+        normed = self.input_layernorm(hidden_states)
+        if isinstance(call, PackedCall):
+            mixed, memory = call.mix(self.mixer, normed)
+            rest = [None, memory]
+        else:
+            mixed, *rest = self.mixer(normed, call, state)
         hidden_states = hidden_states + mixed
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -890,7 +951,7 @@ class BMojoModel(BMojoPreTrainedModel):
             seen, past = cache.seen_tokens, cache.begin(inputs_embeds)
         tokens = read_mask(attention_mask, *inputs_embeds.shape[:2], seen, past if seen else None)
         layout = read_layout(tokens, inputs_embeds, position_ids, seq_idx, cu_seq_lens_q, has_past=seen > 0)
-        packed = layout is not None and layout.packed
+        packed = isinstance(layout, PackedLayout)
         if packed and (cache is not None or asked_for_cache):
             raise ValueError(
                 "Packed documents can't be read into a cache: pass past_key_values=None, use_cache=False."
@@ -899,8 +960,14 @@ class BMojoModel(BMojoPreTrainedModel):
             cache = BMojoCache(self.config)
             past = cache.begin(inputs_embeds)
 
-        rows = inputs_embeds if layout is None else layout.to_rows(inputs_embeds)
-        call = self._call(rows, layout, cache, past)
+        if packed:
+            rows, call = (
+                inputs_embeds,
+                PackedCall.of(layout, lambda group: self._call(inputs_embeds, group, None, None)),
+            )
+        else:
+            rows = inputs_embeds if layout is None else layout.to_rows(inputs_embeds)
+            call = self._call(rows, layout, cache, past)
         hidden_states, all_hidden_states, memories, states, replays = self._run_layers(
             rows, call, cache, output_hidden_states
         )
@@ -954,22 +1021,29 @@ class BMojoModel(BMojoPreTrainedModel):
             return False
         return use_cache
 
-    def _call(self, rows, layout, cache, past) -> Call:
-        """What the layers share. `past`: the rows' lengths in the cache, None without cache."""
-        seq_len = rows.shape[1]
-        dtype = at_least_float32(rows)
+    def _call(self, like, rows, cache, past) -> Call:
+        """What the layers share.
+
+        Args:
+            like: activations, for their shape, dtype and device.
+            rows: which of them are real tokens; None: all.
+            cache: a BMojoCache, or None.
+            past: the rows' lengths in the cache, None without.
+        """
+        seq_len = like.shape[1] if rows is None else rows.index.shape[1]
+        dtype = at_least_float32(like)
         inv_freq, scaling = rotary_frequencies(self.config)
 
         def table(positions, inverse=False):
             cos, sin = rotary_table(positions, inv_freq, 1 / scaling if inverse else scaling, dtype)
             return (cos, -sin) if inverse else (cos, sin)
 
-        positions = torch.arange(seq_len, device=rows.device)[None]
+        positions = torch.arange(seq_len, device=like.device)[None]
         if cache is not None and cache.seen_tokens == 0 and seq_len > 1:
             past = None  # every row begins here: blocks are cut alike, and no ring is read
         if past is not None:
             positions = positions + past[:, None]
-        lengths = None if layout is None else layout.lengths
+        lengths = None if rows is None else rows.lengths
         in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
         fixed_columns = cache is not None and cache.max_cache_len is not None
         return Call(past, lengths, positions, table, *table(positions), scaling, in_place, fixed_columns)

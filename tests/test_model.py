@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmojo.cache_bmojo import BMojoCache
+from bmojo.layout_bmojo import read_layout
 from bmojo.modeling_bmojo import BMojoForCausalLM, rotary_frequencies
 from bmojo.ops_bmojo import hash_scores, rotary_table, rotate, select, selective_scan, ssd_scan
 from bmojo_tests.reference import reference_forward
@@ -825,3 +826,15 @@ def test_layer_gradcheck(make, ssm_type, position):
         return torch.func.functional_call(model, weights, (), inputs).last_hidden_state
 
     assert torch.autograd.gradcheck(hidden, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("sizes", [[1], [1] * 40, [2000, *[3] * 300], [7, 1, 64, 65, 128, 1, 2]])
+def test_packed_documents_are_padded_to_less_than_twice_their_tokens(sizes):
+    documents = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[None]
+    layout = read_layout(None, documents, seq_idx=documents)
+    if len(sizes) == 1:
+        assert layout is None
+        return
+    assert sum(group.index.numel() for group in layout.groups) < 2 * sum(sizes)
+    read = torch.cat([group.to_rows(documents)[group.real] for group in layout.groups])
+    assert torch.equal(read.sort().values, documents[0])
