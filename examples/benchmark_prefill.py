@@ -1,11 +1,11 @@
-"""Time and memory of reading a long prompt: in one call, or in pieces through the cache.
+"""Time and memory of reading a long prompt: all at once, or in pieces through the cache as the model does by itself.
 
 Command:
 
     python examples/benchmark_prefill.py --lengths 2048 8192 32768
 
 Every figure comes from a process of its own, since a process never gives its peak memory back; the two ways take turns,
---rounds times, and the medians are printed. `generate(..., prefill_chunk_size=1024)` reads in pieces.
+--rounds times, and the medians are printed.
 """
 
 import argparse
@@ -29,7 +29,8 @@ def measure(name: str, length: int, piece: int, threads: int):
     with torch.no_grad():
         read(model, tokens[:, :256])
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        read(model, tokens, piece)
+        model.model.prefill_piece = piece
+        read(model, tokens, length)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(seconds, (after - before) / 1024)
 
@@ -38,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: this repository)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--piece", type=int, default=1024, help="tokens per piece (default 1024)")
+    parser.add_argument("--piece", type=int, default=1024, help="tokens per piece (default 1024, the model's)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--measure", type=int, nargs=2, help=argparse.SUPPRESS)  # the process behind one figure
@@ -46,7 +47,7 @@ def main():
     if arguments.measure:
         measure(arguments.model, *arguments.measure, arguments.threads)
         return
-    print(f"{'tokens':>8} {'one call':>20} {f'pieces of {arguments.piece}':>20}")
+    print(f"{'tokens':>8} {'at once':>20} {f'pieces of {arguments.piece}':>20}")
     for length in arguments.lengths:
         found = {length: [], arguments.piece: []}
         for _ in range(arguments.rounds):

@@ -427,3 +427,27 @@ def test_generate_does_not_take_the_class_for_another(word):
     """By such words in the class's name transformers renames or drops the cache."""
     assert word not in BMojoForCausalLM.__name__.lower()
     assert BMojoForCausalLM._supports_default_dynamic_cache()
+
+
+@variants
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_long_prompts_are_read_in_pieces(tiny_model, monkeypatch, changes, side):
+    """In a cached call without gradients: the same logits and the same cache, for padded batches too."""
+    model = tiny_model(dtype=torch.float64, **changes)
+    rows = [random_ids(1, length, seed=length)[0] for length in (45, 20, 3)]
+    ids, mask = (random_ids(3, 45), None) if side == "none" else padded(rows, side)
+    calls = []
+    model.model.layers[0].register_forward_hook(lambda layer, inputs, output: calls.append(output[0].shape[1]))
+    outputs = {}
+    for piece in (7, 1000):
+        monkeypatch.setattr(type(model.model), "prefill_piece", piece)
+        with torch.no_grad():
+            outputs[piece] = model(ids, attention_mask=mask)
+            outputs[piece].next = model(ids[:, :2], past_key_values=outputs[piece].past_key_values).logits
+    assert calls == [7] * 6 + [3] + [2] + [45] + [2]
+    assert torch.allclose(outputs[7].logits, outputs[1000].logits, rtol=0, atol=1e-12)
+    assert torch.allclose(outputs[7].next, outputs[1000].next, rtol=0, atol=1e-12)
+    for name, tensor in outputs[7].past_key_values.tensors().items():
+        assert tensor.shape == outputs[1000].past_key_values.tensors()[name].shape
+    assert outputs[7].past_key_values.get_seq_length() == 47
+    assert torch.equal(outputs[7].past_key_values.lengths, outputs[1000].past_key_values.lengths)
