@@ -438,6 +438,8 @@ class BMojoAttention(nn.Module):
             key, value = self._append(state["full_key"], key, call), self._append(state["full_value"], value, call)
             state = {"full_key": key, "full_value": value}
         columns = torch.arange(key.shape[1], device=u.device)
+        if state is not None:  # columns that hold no token of the row
+            key, value = (x.masked_fill((columns >= call.end())[..., None, None], 0) for x in (key, value))
         groups = query.shape[2] // key.shape[2]
         query, key, value = (x.transpose(1, 2) for x in (query, key.to(u.dtype), value.to(u.dtype)))
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -525,6 +527,8 @@ class BMojoWindowAttention(BMojoAttention):
         rings = (None, None) if rings is None else rings
         key, value = (timeline(new, ring, call, start, length) for new, ring in zip((key, value), rings, strict=True))
         exists = held(call, start, length, size)
+        if call.past is not None:  # slots of the ring that nothing was written to
+            value = value.masked_fill(~exists[..., None, None], 0)
         key, value = (x.unfold(1, width, block).movedim(-1, 2) for x in (key, value))
         age = torch.arange(block, device=query.device)[:, None] + oldest - 1 - torch.arange(width, device=query.device)
         visible = ((age >= newest) & (age < oldest)) & exists.unfold(1, width, block)[:, :, None]
@@ -536,6 +540,7 @@ class BMojoWindowAttention(BMojoAttention):
         positions = ring_positions(rings[0], call.positions)
         age = call.positions - positions
         visible = (age >= newest) & (age < oldest) & (positions >= 0)
+        value = value.masked_fill(~visible[:, None, :, None, None], 0)  # a weight of 0 would let a NaN through
         return query, key, value, visible[:, None, None]
 
     def forward(self, u, call: Call, state=None):
@@ -679,7 +684,8 @@ class BMojoMixer(BMojoWindowAttention):
         query = self.eidetic_query(query, call)[:, None]
         exists = memory["eidetic_position"] >= 0
         key = self.eidetic_key(memory["eidetic_key"].to(query.dtype), call)[:, None]
-        spans.append((query, key, memory["eidetic_value"][:, None].to(query.dtype), exists[:, None, None]))
+        value = memory["eidetic_value"].to(query.dtype).masked_fill(~exists[..., None, None], 0)[:, None]
+        spans.append((query, key, value, exists[:, None, None]))
         return spans, memory | {"positions": memory["eidetic_position"][:, None]}
 
     def cross_boundary(self, memory, rings, call: Call, boundary):
@@ -720,7 +726,8 @@ class BMojoMixer(BMojoWindowAttention):
         exists = take_rows(union["eidetic_position"], index.flatten(1)) >= 0
         chosen_key = take_rows(union["eidetic_key"], index.flatten(1)).unflatten(1, index.shape[1:])
         chosen_key = self.eidetic_key(chosen_key, call).reshape(*shape, *key.shape[2:])
-        chosen_value = take_rows(union["eidetic_value"], index.flatten(1)).reshape(*shape, *key.shape[2:])
+        chosen_value = take_rows(union["eidetic_value"], index.flatten(1)).masked_fill(~exists[..., None, None], 0)
+        chosen_value = chosen_value.reshape(*shape, *key.shape[2:])
         chunk_of_query = torch.arange(turned.shape[2], device=key.device)[:, None] // self.chunk
         chunk_of_entry = torch.arange(per_block * self.memory, device=key.device) // self.memory
         visible = exists.view(shape)[:, :, None] & (chunk_of_query == chunk_of_entry)

@@ -1,6 +1,7 @@
 """The cache: its size to the byte, its rows, storage and rollback, and that nothing in it is read before it is written."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -449,17 +450,18 @@ def poison(cache: BMojoCache, value: float) -> int:
     return count
 
 
+@pytest.mark.parametrize("content", [1e4, math.nan])
 @pytest.mark.parametrize("seen", [1, 4, 7, 11])
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1, 1], [6], [1, 4, 1]])
 @pytest.mark.parametrize("changes", **by_name(STREAMED))
-def test_empty_slots_are_not_read(tiny_model, changes, sizes, seen):
+def test_empty_slots_are_not_read(tiny_model, changes, sizes, seen, content):
     model, ids = tiny_model(dtype=torch.float64, **changes), random_ids(2, seen + 6)
     mask = torch.ones_like(ids)
     mask[1, : seen // 2] = 0
     clean, poisoned = BMojoCache(model.config, max_cache_len=20), BMojoCache(model.config, max_cache_len=20)
     for cache in (clean, poisoned):
         read(model, cache, ids[:, :seen], mask=mask[:, :seen])
-    assert poison(poisoned, 1e4) > 10
+    assert poison(poisoned, content) > 10
     want = read(model, clean, ids[:, seen:], sizes)
     assert torch.equal(read(model, poisoned, ids[:, seen:], sizes), want)
 
