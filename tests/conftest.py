@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -11,6 +12,10 @@ import torch
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported; no test here needs the Hub
+_modules = tempfile.TemporaryDirectory(
+    prefix="bmojo-modules-"
+)  # for as long as this process: one cache of remote code
+os.environ["HF_MODULES_CACHE"] = _modules.name  # for all its tests, and none of the user's
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {  # odd sizes on purpose: none is a multiple of another where it need not be

@@ -149,9 +149,7 @@ def test_saved_adapter_and_merged_model_load_again(tiny_model, tmp_path, ids, ov
     assert torch.allclose(logits(merged, ids), trained, rtol=1e-4, atol=1e-4)
 
 
-def test_adapter_of_a_repository_with_remote_code(tiny_model, tmp_path, ids, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path / "modules")
+def test_adapter_of_a_repository_with_remote_code(tiny_model, tmp_path, ids):
     repository = build_repository(tmp_path / "bmojo-tiny", tiny_model(), kernels={})
     base = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
     assert type(base) is not BMojoForCausalLM
