@@ -356,6 +356,34 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
+def training_arguments(options: argparse.Namespace) -> TrainingArguments:
+    """What the options mean to transformers' Trainer."""
+    return TrainingArguments(
+        output_dir=str(options.output),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=options.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="sequential",  # TokenWindows does the shuffling
+        logging_steps=options.log_every,
+        save_steps=options.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if options.eval_data else "no",
+        eval_steps=options.save_every,
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=options.seed,
+    )
+
+
 def main():
     """Tokenise, train, save."""
     options = parse_options()
@@ -394,30 +422,7 @@ def main():
 
     schedule = Schedule(options.steps, options.warmup, options.max_minutes)
     run = RunCallback(schedule, per_step * options.seq_len, output / "log.jsonl")
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        bf16=options.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="sequential",  # TokenWindows does the shuffling
-        logging_steps=options.log_every,
-        save_steps=options.save_every,
-        save_total_limit=2,
-        eval_strategy="steps" if eval_windows else "no",
-        eval_steps=options.save_every,
-        prediction_loss_only=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        seed=options.seed,
-    )
+    arguments = training_arguments(options)
     trainer = ParameterGroupTrainer(model, arguments, train_dataset=windows, eval_dataset=eval_windows)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(run)
