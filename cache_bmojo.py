@@ -66,11 +66,15 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
     return shapes
 
 
-def new_state(config, layer_type: str, like: torch.Tensor, columns: int = 0) -> dict[str, torch.Tensor]:
-    """The state before the first token, for the batch, dtype and device of `like` (batch, ...)."""
+def new_state(
+    config, layer_type: str, like: torch.Tensor, columns: int = 0, prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """The state before the first token, for the batch, dtype and device of `like` (batch, ...); only names with `prefix`."""
     kinds = {"model": like.dtype, "wide": at_least_float32(like), "int64": torch.int64}
     state = {}
     for name, (shape, kind) in state_shapes(config, layer_type).items():
+        if not name.startswith(prefix):
+            continue
         if layer_type == "full_attention":
             shape = (columns, *shape[1:])
         state[name] = torch.zeros((like.shape[0], *shape), dtype=kinds[kind], device=like.device)
