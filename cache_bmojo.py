@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .ops_bmojo import at_least_float32
+from .numerics_bmojo import at_least_float32
 
 
 _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on with it
@@ -32,8 +32,8 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
     Kinds: "model", the dtype of the activations; "wide", that dtype but at least float32; "int64". The tensors of
     `full_attention` are the only ones that grow: their first axis, 0 here, is the number of columns seen.
 
-    The window's ring holds w + c tokens, since a token that has left the window may wait c tokens for the next chunk
-    boundary; the fading ring 2w.
+    Keys and values of all memories of a layer lie in one tensor each, head first, so that one product reads them:
+    `memory_slots` says where.
     """
     kind = config.ssm_type if layer_type == "bmojo" else layer_type
     shapes = {}
@@ -47,34 +47,48 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
             state = (channels, config.state_size)
         shapes["conv"] = ((config.conv_kernel - 1, channels), "model")
         shapes["ssm"] = (state, "wide")
-    keys = (config.num_key_value_heads, config.head_dim)
-    window, memory = config.sliding_window, config.eidetic_size
+    heads, head_dim = config.num_key_value_heads, config.head_dim
     if layer_type == "full_attention":
-        shapes |= dict.fromkeys(("full_key", "full_value"), ((0, *keys), "model"))
-    if layer_type == "sliding_attention" or (layer_type == "bmojo" and not memory):
-        shapes |= dict.fromkeys(("window_key", "window_value"), ((window, *keys), "model"))
-    if layer_type == "bmojo" and config.fading_span:
-        shapes |= dict.fromkeys(("fading_key", "fading_value"), ((2 * window, *keys), "model"))
-    if layer_type == "bmojo" and memory:
-        slots = window + config.eidetic_chunk_size
-        shapes |= dict.fromkeys(("window_key", "window_value"), ((slots, *keys), "model"))
-        shapes |= {"window_innovation": ((slots,), "wide")}
-        shapes |= dict.fromkeys(("eidetic_key", "eidetic_value"), ((memory, *keys), "model"))
+        shapes |= dict.fromkeys(("full_key", "full_value"), ((0, heads, head_dim), "model"))
+    slots = memory_slots(config, layer_type)
+    if slots:
+        total = max(part.stop for part in slots.values())
+        shapes |= dict.fromkeys(("key", "value"), ((heads, total, head_dim), "model"))
+    if "eidetic" in slots:
+        memory = config.eidetic_size
+        shapes |= {"window_innovation": ((slots["window"].stop,), "wide")}
         shapes |= {"eidetic_innovation": ((memory,), "wide"), "eidetic_position": ((memory,), "int64")}
         if config.innovation_predictor in ("average", "exponential", "learnable"):
             shapes["history"] = ((config.innovation_kernel, config.hidden_size), "model")
     return shapes
 
 
-def new_state(
-    config, layer_type: str, like: torch.Tensor, columns: int = 0, prefix: str = ""
-) -> dict[str, torch.Tensor]:
-    """The state before the first token, for the batch, dtype and device of `like` (batch, ...); only names with `prefix`."""
+def memory_slots(config, layer_type: str) -> dict[str, slice]:
+    """Which slots of a layer's keys and values belong to which memory: "window", "fading", "eidetic", as far as it has them.
+
+    The first two are rings: the token at position p is in the memory's slot p % size. The window's holds w + c tokens,
+    since a token that has left the window may wait c tokens for the next chunk boundary; the fading ring 2w.
+    """
+    sizes = {}
+    if layer_type == "sliding_attention":
+        sizes["window"] = config.sliding_window
+    if layer_type == "bmojo":
+        sizes["window"] = config.sliding_window + (config.eidetic_chunk_size if config.eidetic_size else 0)
+        sizes["fading"] = 2 * config.sliding_window if config.fading_span else 0
+        sizes["eidetic"] = config.eidetic_size
+    slots, start = {}, 0
+    for name, size in sizes.items():
+        if size:
+            slots[name] = slice(start, start + size)
+            start += size
+    return slots
+
+
+def new_state(config, layer_type: str, like: torch.Tensor, columns: int = 0) -> dict[str, torch.Tensor]:
+    """The state before the first token, for the batch, dtype and device of `like` (batch, ...)."""
     kinds = {"model": like.dtype, "wide": at_least_float32(like), "int64": torch.int64}
     state = {}
     for name, (shape, kind) in state_shapes(config, layer_type).items():
-        if not name.startswith(prefix):
-            continue
         if layer_type == "full_attention":
             shape = (columns, *shape[1:])
         state[name] = torch.zeros((like.shape[0], *shape), dtype=kinds[kind], device=like.device)
@@ -146,6 +160,7 @@ class BMojoCache(Cache):
     Attributes:
         lengths: real tokens seen by each row, int64 (batch,); None before the first call.
         seen_tokens: columns seen, padding included.
+        even: whether all columns seen were tokens, so that `seen_tokens` is the length of every row.
     """
 
     def __init__(self, config, max_cache_len: int | None = None):
@@ -153,7 +168,7 @@ class BMojoCache(Cache):
         self.config = config
         self.max_cache_len = max_cache_len
         self.lengths: torch.Tensor | None = None
-        self.seen_tokens = 0
+        self.seen_tokens, self.even = 0, True
         self._log: list[dict] = []
 
     # -- what the model calls ------------------------------------------------------------------------------------------
@@ -190,16 +205,20 @@ class BMojoCache(Cache):
             layer.state = new_state(self.config, layer_type, like, self.max_cache_len or 0)
         return layer.state
 
-    def store(self, states: list[dict[str, torch.Tensor]], tokens: torch.Tensor, replays: list[Callable] | None):
+    def store(self, states: list[dict[str, torch.Tensor]], columns: int, tokens, replays: list[Callable] | None):
         """Take the states after a call.
 
         Args:
             states: of every layer.
-            tokens: which columns of the call were real tokens, bool (batch, seq_len).
+            columns: of the call.
+            tokens: which of them were real tokens, bool (batch, columns); None: all.
             replays: for every layer a function from new lengths (batch,) to the state after only so many tokens of
                 the call; needed while recording.
         """
-        if self.is_recording_past() and tokens.shape[1]:
+        self.even = self.even and tokens is None
+        if tokens is None:
+            tokens = torch.ones(len(self.lengths), columns, dtype=torch.bool, device=self.lengths.device)
+        if self.is_recording_past() and columns:
             before = [layer.state for layer in self.layers]
             self._log.append({"before": before, "lengths": self.lengths, "tokens": tokens, "replays": replays})
             while len(self._log) > 1 and sum(call["tokens"].shape[1] for call in self._log) > _MAX_LOGGED_TOKENS:
@@ -207,7 +226,7 @@ class BMojoCache(Cache):
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
         self.lengths = self.lengths + tokens.sum(1).to(self.lengths.device)
-        self.seen_tokens = self.seen_tokens + tokens.shape[1]
+        self.seen_tokens = self.seen_tokens + columns
 
     # -- the interface of transformers.Cache ----------------------------------------------------------------------------
 
@@ -244,7 +263,7 @@ class BMojoCache(Cache):
         """Forget every sequence; the next call may have another batch size."""
         for layer in self.layers:
             layer.state = {}
-        self.lengths, self.seen_tokens, self._log = None, 0, []
+        self.lengths, self.seen_tokens, self.even, self._log = None, 0, True, []
 
     def _change_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:
@@ -267,7 +286,7 @@ class BMojoCache(Cache):
     def __deepcopy__(self, memo) -> "BMojoCache":
         """A copy with tensors of its own, and an empty log: it can't be rolled back behind the copy."""
         twin = type(self)(self.config, self.max_cache_len)
-        twin.seen_tokens = self.seen_tokens
+        twin.seen_tokens, twin.even = self.seen_tokens, self.even
         twin.lengths = None if self.lengths is None else self.lengths.clone()
         for layer, own in zip(self.layers, twin.layers, strict=True):
             own.state = {name: tensor.clone() for name, tensor in layer.state.items()}
@@ -338,7 +357,7 @@ class BMojoCache(Cache):
         if self.lengths is None:
             raise ValueError("The cache is empty: run the model with past_key_values=cache before save().")
         metadata = {
-            "format": "bmojo-cache-1",
+            "format": "bmojo-cache-2",
             "seen_tokens": str(self.seen_tokens),
             "max_cache_len": json.dumps(self.max_cache_len),
             "config": json.dumps({name: getattr(self.config, name) for name in _FINGERPRINT}),
@@ -363,7 +382,7 @@ class BMojoCache(Cache):
             raise ValueError(f"{path} was not written by BMojoCache.save: {error}") from error
         with opened as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "bmojo-cache-1":
+            if metadata.get("format") != "bmojo-cache-2":
                 raise ValueError(f"{path} was not written by BMojoCache.save.")
             if differing := _differences(json.loads(metadata["config"]), config):
                 raise ValueError(f"{path} belongs to a model with another configuration: {differing}.")
@@ -372,6 +391,7 @@ class BMojoCache(Cache):
             for name in file.keys():  # noqa: SIM118 - a safetensors file is not iterable
                 if name == "lengths":
                     cache.lengths = file.get_tensor(name)
+                    cache.even = bool((cache.lengths == cache.seen_tokens).all())
                 else:
                     _, layer_idx, tensor_name = name.split(".")
                     cache.layers[int(layer_idx)].state[tensor_name] = file.get_tensor(name)

@@ -6,7 +6,8 @@ of ours in a checkout, a local model folder and the Hub's cache alike. `kernels/
 shadow Hugging Face's `kernels` package for every Python that starts in the repository's root.
 
 Environment variable `BMOJO_KERNELS`: "auto" (default) runs a kernel where one ships and the tensors are on a GPU; "torch"
-runs the definitions only; "triton" requires a kernel for every dispatched op, on the CPU too under `TRITON_INTERPRET=1`.
+runs none; "definition" runs the definitions of `ops_bmojo` only, not their forms for a CPU either; "triton" requires a kernel
+for every dispatched op, on the CPU too under `TRITON_INTERPRET=1`.
 """
 
 import functools
@@ -22,11 +23,20 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
+from .cpu_bmojo import (
+    blocked_causal_conv,
+    blocked_memory_attention,
+    blocked_prediction_error,
+    blocked_selective_scan,
+    blocked_ssd_scan,
+)
+from .ops_bmojo import causal_conv, memory_attention, prediction_error, selective_scan, ssd_scan
+
 
 logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANSFORMERS_VERBOSITY=info shows its lines
 
 _NO_TRITON = "triton is not installed (`pip install triton`)"
-MODES = ("auto", "torch", "triton")
+MODES = ("auto", "torch", "triton", "definition")
 _HERE = Path(__file__).resolve().parent
 _loaded: dict[str, Callable] = {}  # the kernels in use, by name
 __path__ = [str(_HERE / "kernels")] if (_HERE / "kernels").is_dir() else []  # next to this file: a checkout
@@ -48,7 +58,7 @@ def attach(config) -> None:
         root = source if os.path.isdir(source) else _fetch(source)
     except (OSError, ValueError) as error:  # offline, no access, or a name that is neither a folder nor a Hub id
         why = type(error).__name__  # not its text: a request's id in it would make every warning a new one
-        logger.warning_once(f"kernels/ of {source} is out of reach ({why}); B'MOJO runs its torch definitions.")
+        logger.warning_once(f"kernels/ of {source} is out of reach ({why}); B'MOJO runs in plain torch.")
         return
     folder = os.path.abspath(os.path.join(root, "kernels"))
     if os.path.isdir(folder):
@@ -85,16 +95,32 @@ def copy_kernels(config, save_directory: str | os.PathLike) -> None:
         shutil.copyfile(file, copy)
 
 
-def dispatch(definition: Callable) -> Callable:
-    """Run the Triton kernel of this name where one fits the device, else the PyTorch definition itself."""
+def dispatch(definition: Callable, cpu: Callable | None = None) -> Callable:
+    """Run the Triton kernel of this name where one fits the device, else the form for a CPU where that fits, else the definition."""
 
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
-        run = _loaded[definition.__name__] if _use_kernel(definition.__name__, x.device.type) else definition
+        name = definition.__name__
+        if _use_kernel(name, x.device.type):
+            run = _loaded[name]
+        else:
+            run = cpu if cpu is not None and _fits_cpu_form(x) else definition
         return run(x, *args, **kwargs)
 
-    op.definition = definition  # tests compare against it
+    op.definition, op.cpu = definition, cpu  # tests compare them
     return op
+
+
+def _fits_cpu_form(x) -> bool:
+    """Whether x is a plain tensor on a CPU, and nothing looks through it: no compiler, no functional transform."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and os.environ.get("BMOJO_KERNELS") != "definition"
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes the answer as it is: no import, no log line in a graph
@@ -110,14 +136,14 @@ def _use_kernel(name: str, device: str) -> bool:
     if mode == "triton":
         raise RuntimeError(f"BMOJO_KERNELS=triton, but {obstacle}; BMOJO_KERNELS=auto falls back to torch.")
     say = logger.warning_once if obstacle is _NO_TRITON else logger.info_once  # that one costs speed needlessly
-    say(f"B'MOJO runs its torch definitions: {obstacle}.")
+    say(f"B'MOJO runs in plain torch: {obstacle}.")
     return False
 
 
 def _obstacle(name: str, device: str, mode: str) -> str | None:
     """Why the kernel of that name cannot run on that device, in words for the person who may change it."""
-    if mode == "torch":
-        return "BMOJO_KERNELS=torch"
+    if mode in ("torch", "definition"):
+        return f"BMOJO_KERNELS={mode}"
     interpreted = mode == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device != "cuda" and not interpreted:
         return f"the tensors are on {device} (kernels need a GPU, or BMOJO_KERNELS=triton with TRITON_INTERPRET=1)"
@@ -134,3 +160,14 @@ def _has_triton() -> bool:
         return find_spec("triton") is not None
     except (ImportError, ValueError):  # an import hook refuses it, or a stub without a spec stands in for it
         return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operations that the model calls, each with its forms
+# ----------------------------------------------------------------------------------------------------------------------
+
+ssd_scan = dispatch(ssd_scan, blocked_ssd_scan)
+selective_scan = dispatch(selective_scan, blocked_selective_scan)
+causal_conv = dispatch(causal_conv, blocked_causal_conv)
+prediction_error = dispatch(prediction_error, blocked_prediction_error)
+memory_attention = dispatch(memory_attention, blocked_memory_attention)

@@ -1,7 +1,7 @@
 """B'MOJO in transformers: layers that answer each token from a window, a fading and an eidetic memory (arXiv 2407.06324)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,20 +21,28 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
-from .cache_bmojo import BMojoCache, cache_bytes, new_state
+from .cache_bmojo import BMojoCache, cache_bytes, memory_slots
 from .configuration_bmojo import AUTO_MAP, LEARNED_CHOICES, BMojoConfig
-from .kernels_bmojo import attach, copy_kernels
+from .kernels_bmojo import (
+    attach,
+    causal_conv,
+    copy_kernels,
+    memory_attention,
+    prediction_error,
+    selective_scan,
+    ssd_scan,
+)
 from .layout_bmojo import PackedLayout, Rows, read_layout, read_mask
+from .numerics_bmojo import at_least_float32
 from .ops_bmojo import (
-    at_least_float32,
     hash_scores,
     predict,
     rotary_table,
     rotate,
+    running_selection,
     select,
-    selective_scan,
-    span_attention,
-    ssd_scan,
+    selective_step,
+    ssd_step,
 )
 
 
@@ -73,6 +81,26 @@ class BMojoCausalLMOutput(CausalLMOutputWithPast):
 
 
 @dataclass
+class Step:
+    """What every layer needs to answer one token of each row from the cache.
+
+    Attributes:
+        index: by layer type the slots that the token is written to, one of every ring, (rows, 1, rings, 1) int64.
+        mask: by layer type what is added to the scores of all slots, (rows * kv heads, 1, slots): 0 or -inf.
+        cos, sin: for queries, queries of the eidetic memory and keys, side by side as heads, (rows, 1, heads, head_dim).
+        predictor: weights of the outputs in `history` for the prediction of this one, (rows, 1, innovation_kernel).
+        boundary: rows that begin a chunk, (rows, 1) bool; None where none does.
+    """
+
+    index: dict[str, torch.Tensor]
+    mask: dict[str, torch.Tensor]
+    cos: torch.Tensor
+    sin: torch.Tensor
+    predictor: torch.Tensor
+    boundary: torch.Tensor | None
+
+
+@dataclass
 class Call:
     """What the layers need to know about one forward call on rows whose real tokens stand at the front.
 
@@ -85,6 +113,9 @@ class Call:
         scaling: the factor that is on them (attention scaling of YaRN; 1 else).
         in_place: states may be overwritten: no gradient is recorded and nothing will be rolled back.
         fixed_columns: the keys of `full_attention` have all their room already (`max_cache_len`).
+        phase: how far into its chunk a row is before the call, (rows, 1) int64; None without past.
+        lead: the largest phase, or chunk - 1 where asking would stop a GPU or a compiler.
+        step: of a single token with a cache.
     """
 
     past: torch.Tensor | None
@@ -96,6 +127,9 @@ class Call:
     scaling: float
     in_place: bool
     fixed_columns: bool
+    phase: torch.Tensor | None
+    lead: int
+    step: Step | None
 
     @property
     def seq_len(self) -> int:
@@ -114,13 +148,45 @@ class Call:
 
     def to(self, device, **kwargs) -> "Call":
         """The call on another device: what accelerate's hooks ask of an argument when layers are spread over devices."""
-        moved = {k: v.to(device, **kwargs) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
-        return Call(**moved)
+
+        def move(value):
+            if isinstance(value, dict):
+                return {name: move(part) for name, part in value.items()}
+            if isinstance(value, Step):
+                return Step(**move(vars(value)))
+            return value.to(device, **kwargs) if isinstance(value, torch.Tensor) else value
+
+        return Call(**move(vars(self)))
 
     def end(self) -> torch.Tensor:
         """Position behind the last real token, (rows or 1, 1)."""
         new = self.seq_len if self.lengths is None else self.lengths[:, None]
         return self.past_column + new + torch.zeros_like(self.positions[:, :1])
+
+    def align(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, seq_len, ...) to (rows, lead + seq_len, ...), every row beginning with its first chunk."""
+        if not self.lead:
+            return x
+        slots = torch.arange(self.lead + self.seq_len, device=x.device) - self.phase
+        return take_rows(x, slots.clamp(min=0, max=self.seq_len - 1))
+
+    def unalign(self, x: torch.Tensor) -> torch.Tensor:
+        """The way back."""
+        return take_rows(x, self.phase + torch.arange(self.seq_len, device=x.device)) if self.lead else x
+
+    def may_overwrite(self, state: torch.Tensor) -> bool:
+        """Whether a tensor of the cache may be written in place: no open graph needs it as it is."""
+        if not self.in_place or state.requires_grad:
+            return False  # filled in inference mode, continued outside: torch would refuse
+        return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not state.is_inference()
+
+    def put(self, state: torch.Tensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """The state with `new` scattered at `index` along `dim`, for rows that have a token."""
+        new = new.to(state.dtype)
+        if self.lengths is not None:
+            wanted = (self.lengths > 0).view(-1, *[1] * (state.dim() - 1))
+            new = torch.where(wanted, new, state.gather(dim, index))
+        return state.scatter_(dim, index, new) if self.may_overwrite(state) else state.scatter(dim, index, new)
 
 
 @dataclass
@@ -188,18 +254,14 @@ def timeline(new, ring, call: Call, start, length: int):
 
     Args:
         new: tokens of the call, (rows, seq_len, ...).
-        ring: the last tokens before them, position p in slot p % size, (rows, size, ...); None: there were none.
-        start: position of slot 0, (rows, 1) int64; where ring is None an int, 0 or negative.
+        ring: the last tokens before them, position p in slot p % size, (rows, size, ...).
+        start: position of slot 0, (rows, 1) int64.
         length: number of slots.
 
     Returns:
         (rows, length, ...). What is not held (before position 0, overwritten in the ring, or behind the call) is
-        zero or another token: `held` says where.
+        another token, or what the ring began with.
     """
-    if ring is None:
-        new = new[:, : max(0, length + start)]
-        before = min(length, -start)
-        return F.pad(new, (0, 0) * (new.dim() - 2) + (before, length - before - new.shape[1]))
     slots = start + torch.arange(length, device=new.device)
     size = ring.shape[1]
     index = torch.where(
@@ -208,28 +270,9 @@ def timeline(new, ring, call: Call, start, length: int):
     return take_rows(torch.cat([ring.to(new.dtype), new], 1), index)
 
 
-def held(call: Call, start, length: int, size: int):
-    """Which slots of a `timeline` exist: (rows or 1, length) bool. `size`: of its ring."""
-    slots = start + torch.arange(length, device=call.positions.device)
-    if call.past is None:
-        return (slots >= 0)[None]
-    return (slots >= 0) & (slots >= call.past_column - size)
-
-
 def write_ring(ring, new, call: Call):
     """The ring after the call: position p in slot p % size, for every row's last real tokens."""
     size = ring.shape[1]
-    if call.seq_len == 1:
-        slot = (call.past_column % size).expand(ring.shape[0], 1)
-        slot = slot.view(-1, 1, *[1] * (ring.dim() - 2)).expand(-1, 1, *ring.shape[2:])
-        value = new.to(ring.dtype)
-        if call.lengths is not None:
-            wanted = (call.lengths > 0).view(-1, *[1] * (ring.dim() - 1))
-            value = torch.where(wanted, value, ring.gather(1, slot))
-        in_place = call.in_place and not ring.requires_grad  # an open graph may need it as it is
-        if not torch.compiler.is_compiling():  # filled in inference mode, continued outside
-            in_place = in_place and (torch.is_inference_mode_enabled() or not ring.is_inference())
-        return ring.scatter_(1, slot, value) if in_place else ring.scatter(1, slot, value)
     slots = torch.arange(size, device=ring.device)
     last = call.end() - 1
     position = last - (last - slots) % size  # the newest position that belongs in each slot
@@ -247,10 +290,52 @@ def ring_positions(ring, last):
 def last_rows(previous, new, lengths):
     """The last tokens of (previous, new) in a buffer as long as `previous`, given the real lengths of `new`."""
     size = previous.shape[1]
-    both = torch.cat([previous.to(new.dtype), new], 1)
     if lengths is None:
+        both = torch.cat([previous.to(new.dtype), new[:, max(0, new.shape[1] - size) :]], 1)
         return both[:, both.shape[1] - size :]
+    both = torch.cat([previous.to(new.dtype), new], 1)
     return take_rows(both, lengths[:, None] + torch.arange(size, device=new.device))
+
+
+def predictor_weights(config, dtype, device) -> torch.Tensor:
+    """Weights of the fixed predictors, (innovation_kernel,), the newest output's first."""
+    ages = torch.arange(config.innovation_kernel, dtype=dtype, device=device)
+    if config.innovation_predictor == "exponential" and config.innovation_kernel > 1:
+        return (1 - 2 / (config.innovation_kernel + 1)) ** (1 + ages)
+    return torch.ones_like(ages)
+
+
+def make_step(config, call: Call, like: torch.Tensor, boundary: torch.Tensor | None) -> Step:
+    """Work out a `Step` for a call of one token; `like` gives dtype and device."""
+    dtype, device = at_least_float32(like), like.device
+    position, rows = call.past[:, None], len(call.past)
+    index, mask = {}, {}
+    for layer_type in set(config.layers_block_type) & {"sliding_attention", "bmojo"}:
+        slots = memory_slots(config, layer_type)
+        written, visible = [], []
+        for span, newest in (("window", 0), ("fading", config.sliding_window)):
+            if span in slots:
+                size = slots[span].stop - slots[span].start
+                age = (position - torch.arange(size, device=device)) % size
+                visible.append((age >= newest) & (age < newest + config.sliding_window) & (age <= position))
+                written.append(slots[span].start + position % size)
+        if "eidetic" in slots:  # filled from the back with the tokens that have left the window at the chunk's start
+            begun = position - position % config.eidetic_chunk_size - config.sliding_window + 1
+            visible.append(torch.arange(config.eidetic_size, 0, -1, device=device) <= begun)
+        index[layer_type] = torch.cat(written, 1)[:, None, :, None]
+        unseen = torch.zeros(1, dtype=dtype, device=device).masked_fill(~torch.cat(visible, 1), -torch.inf)
+        mask[layer_type] = unseen.repeat_interleave(config.num_key_value_heads, 0)[:, None]
+
+    queries, keys = config.num_attention_heads, config.num_key_value_heads * (2 if config.fading_span else 1)
+    at = [position.expand(rows, queries), position.expand(rows, keys)]
+    if config.eidetic_size:
+        at.insert(1, torch.full_like(at[0], 2 * config.sliding_window))
+    cos, sin = call.table(torch.cat(at, 1)[:, None])
+
+    ages = torch.arange(config.innovation_kernel, 0, -1, device=device)  # the oldest comes first
+    weights = predictor_weights(config, dtype, device).flip(0) * (ages <= position)
+    total = weights.sum(-1, keepdim=True)
+    return Step(index, mask, cos, sin, (weights / torch.where(total > 0, total, 1))[:, None], boundary)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -320,6 +405,14 @@ class BMojoDynamics(nn.Module):
         init.ones_(self.D)
 
 
+class BMojoConv1d(nn.Conv1d):
+    """The short causal convolution: a depthwise `nn.Conv1d` to whoever looks at it, computed over time-major data."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, channels, conv_kernel - 1 + seq_len) to (rows, channels, seq_len)."""
+        return causal_conv(x.transpose(1, 2), self.weight[:, 0], self.bias).transpose(1, 2)
+
+
 class BMojoSSM(nn.Module):
     """What the two SSMs share: input projection, short causal convolution, and the handling of state and padding."""
 
@@ -327,7 +420,7 @@ class BMojoSSM(nn.Module):
         super().__init__()
         self.config = config
         self.in_proj = nn.Linear(config.hidden_size, projected, bias=config.use_bias)
-        self.conv1d = nn.Conv1d(
+        self.conv1d = BMojoConv1d(
             convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
         )
         self.dynamics = BMojoDynamics(config, kind)
@@ -335,11 +428,14 @@ class BMojoSSM(nn.Module):
 
     def convolve(self, x, call: Call, state):
         """silu(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
-        history = x.new_zeros(x.shape[0], self.config.conv_kernel - 1, x.shape[2]) if state is None else state["conv"]
+        size = self.config.conv_kernel - 1
+        history = x.new_zeros(x.shape[0], size, x.shape[2]) if state is None else state["conv"]
         inputs = torch.cat([history.to(x.dtype), x], 1)
-        return F.silu(self.conv1d(inputs.transpose(1, 2).contiguous())).transpose(1, 2), last_rows(
-            history, x, call.lengths
-        )
+        if call.lengths is None:
+            last = inputs[:, inputs.shape[1] - size :].clone()
+        else:
+            last = take_rows(inputs, call.lengths[:, None] + torch.arange(size, device=x.device))
+        return F.silu(self.conv1d(inputs.transpose(1, 2)).transpose(1, 2)), last
 
     def time_step(self, dt, call: Call):
         """dt, A and D; dt is 0 behind a row's last token, which then leaves the state as it is."""
@@ -369,7 +465,10 @@ class BMojoMamba2(BMojoSSM):
         dt, A, D = self.time_step(dt, call)
         x = x.unflatten(-1, (self.config.mamba_num_heads, self.config.mamba_head_dim))
         B, C = (part.unflatten(-1, (self.config.n_groups, self.config.state_size)) for part in (B, C))
-        y, ssm = ssd_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
+        if call.step is None:
+            y, ssm = ssd_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
+        else:
+            y, ssm = ssd_step(x, dt, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
         y = (y + D[:, None] * x).flatten(-2).to(u.dtype)
         return self.out_proj(self.norm(y * F.silu(z))), {"conv": conv, "ssm": ssm}, {}
 
@@ -394,7 +493,10 @@ class BMojoMamba(BMojoSSM):
         sizes = [self.config.time_step_rank, self.config.state_size, self.config.state_size]
         dt, B, C = self.x_proj(x).split(sizes, -1)
         dt, A, D = self.time_step(self.dt_proj(dt), call)
-        y, ssm = selective_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
+        if call.step is None:
+            y, ssm = selective_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
+        else:
+            y, ssm = selective_step(x, dt, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
         y = (y + D * x).to(u.dtype)
         return self.out_proj(y * F.silu(z)), {"conv": conv, "ssm": ssm}, {}
 
@@ -474,92 +576,95 @@ class BMojoAttention(nn.Module):
 class BMojoWindowAttention(BMojoAttention):
     """Attention over the last w tokens: `sliding_attention`, and the frame in which `bmojo` adds its other memories.
 
-    Queries are taken in blocks of whole chunks: a block sees a fixed number of keys, so time and memory are linear in
-    the length. A single token with a cache is one block of one query over the rings as they lie.
+    Calls of any length go through `memory_attention`, linear in the length; a single token with a cache attends to the
+    cache as it lies.
     """
+
+    layer_type = "sliding_attention"
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.window = config.sliding_window
-        self.chunk = config.eidetic_chunk_size
+        self.slots = memory_slots(config, self.layer_type)
 
-    def blocks(self, call: Call) -> tuple[int, int]:
-        """Chunks in a block and blocks in the call. Blocks of about a quarter of the window waste little."""
-        per_block = max(1, min(self.window // 4 // self.chunk, 2 * self.window // max(1, self.config.eidetic_size)))
-        phase = 0 if call.past is None else self.chunk - 1  # rows begin anywhere in their first chunk
-        chunks = -(-(call.seq_len + phase) // self.chunk)
-        per_block = min(per_block, chunks)
-        return per_block, -(-chunks // per_block)
+    def in_cache(self, state, name: str, span: str):
+        """The slots of one memory in the state's "key" or "value", (rows, slots, kv heads, head_dim)."""
+        return state[name][:, :, self.slots[span]].transpose(1, 2)
 
-    def base(self, call: Call):
-        """Position of the first chunk: an int without past, else (rows, 1)."""
-        return 0 if call.past is None else call.past_column - call.past_column % self.chunk
-
-    def to_blocks(self, x, call: Call):
-        """(rows, seq_len, ...) to (rows, blocks, block length, ...), each row beginning at its first chunk."""
-        per_block, count = self.blocks(call)
-        length = per_block * count * self.chunk
+    def with_past(self, tokens, span: str, call: Call, state, base, reach: int, length: int):
+        """Keys and values for the `reach` positions before base and the `length` from there; without past the call's own."""
         if call.past is None:
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, length - call.seq_len))
-        else:
-            slots = torch.arange(length, device=x.device) - call.past_column % self.chunk
-            x = take_rows(x, slots.clamp(min=0, max=call.seq_len - 1))
-        return x.unflatten(1, (count, -1))
+            return tokens
+        rings = (self.in_cache(state, name, span) for name in ("key", "value"))
+        return tuple(
+            timeline(new, ring, call, base - reach, reach + length) for new, ring in zip(tokens, rings, strict=True)
+        )
 
-    def from_blocks(self, x, call: Call):
-        x = x.flatten(1, 2)
-        if call.past is None:
-            return x[:, : call.seq_len]
-        return take_rows(x, call.past_column % self.chunk + torch.arange(call.seq_len, device=x.device))
-
-    def span(self, query, key, value, rings, call: Call, newest: int, oldest: int):
-        """A span of `span_attention` whose keys are newest to oldest - 1 tokens old.
+    def into_cache(self, state, spans: dict, call: Call, *eidetic):
+        """Keys and values of the state after the call.
 
         Args:
-            query: (rows, blocks, block length, heads, head_dim).
-            key, value: of the call, (rows, seq_len, kv heads, head_dim).
-            rings: of keys and of values, or None.
+            state: before the call.
+            spans: for each ring the keys and values of the call, (rows, seq_len, kv heads, head_dim).
+            call: the call.
+            eidetic: keys and values of the eidetic memory after it, (rows, eidetic_size, kv heads, head_dim).
         """
-        block, count = query.shape[2], query.shape[1]
-        base, width = self.base(call), oldest - newest + block - 1
-        size = 0 if rings is None else rings[0].shape[1]
-        start, length = base - oldest + 1, (count - 1) * block + width
-        rings = (None, None) if rings is None else rings
-        key, value = (timeline(new, ring, call, start, length) for new, ring in zip((key, value), rings, strict=True))
-        exists = held(call, start, length, size)
-        if call.past is not None:  # slots of the ring that nothing was written to
-            value = value.masked_fill(~exists[..., None, None], 0)
-        key, value = (x.unfold(1, width, block).movedim(-1, 2) for x in (key, value))
-        age = torch.arange(block, device=query.device)[:, None] + oldest - 1 - torch.arange(width, device=query.device)
-        visible = ((age >= newest) & (age < oldest)) & exists.unfold(1, width, block)[:, :, None]
-        return query, key, value, visible
+        new = {}
+        for place, name in enumerate(("key", "value")):
+            parts = [
+                write_ring(self.in_cache(state, name, span), tokens[place], call) for span, tokens in spans.items()
+            ]
+            parts += [memory.to(state[name].dtype) for memory in eidetic[place : place + 1]]
+            new[name] = torch.cat([part.transpose(1, 2) for part in parts], 2)
+        return new
 
-    def ring_span(self, query, rings, call: Call, newest: int, oldest: int):
-        """The same for a single token, over rings that already hold it."""
-        key, value = (ring[:, None].to(query.dtype) for ring in rings)
-        positions = ring_positions(rings[0], call.positions)
-        age = call.positions - positions
-        visible = (age >= newest) & (age < oldest) & (positions >= 0)
-        value = value.masked_fill(~visible[:, None, :, None, None], 0)  # a weight of 0 would let a NaN through
-        return query, key, value, visible[:, None, None]
+    def put(self, state, call: Call, key, value):
+        """Write one token of each ring, (rows, rings, kv heads, head_dim), into the state's keys and values."""
+        index = call.step.index[self.layer_type].expand(-1, key.shape[2], -1, key.shape[3])
+        tokens = {"key": key, "value": value}
+        return {name: call.put(state[name], 2, index, token.transpose(1, 2)) for name, token in tokens.items()}
+
+    def attend_to_cache(self, state, call: Call, query, eidetic_query=None):
+        """The mix of values for one query of each row, (rows, 1, heads, head_dim)."""
+        rows, _, heads, head_dim = query.shape
+        key, value = state["key"].to(query.dtype).flatten(0, 1), state["value"].to(query.dtype).flatten(0, 1)
+        mask = call.step.mask[self.layer_type]
+
+        def scores(query, key, mask):
+            query = query.reshape(len(key), -1, head_dim)
+            return torch.baddbmm(mask.to(query.dtype), query, key.transpose(1, 2), alpha=self.scale)
+
+        if eidetic_query is None:
+            found = scores(query, key, mask)
+        else:
+            memory = self.slots["eidetic"]
+            eidetic_key = self.eidetic_key(self.in_cache(state, "key", "eidetic").to(query.dtype), call)
+            found = torch.cat(
+                [
+                    scores(query, key[:, : memory.start], mask[..., : memory.start]),
+                    scores(eidetic_query, eidetic_key.transpose(1, 2).flatten(0, 1), mask[..., memory]),
+                ],
+                -1,
+            )
+        weights = found.softmax(-1, dtype=at_least_float32(query)).to(value.dtype)
+        return (weights @ value).view(rows, 1, heads, head_dim)
 
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
         query = rotate(self.q_norm(self.heads(self.q_proj(u))), call.cos, call.sin)
         key = rotate(self.k_norm(self.heads(self.k_proj(u))), call.cos, call.sin)
         value = self.heads(self.v_proj(u))
-        rings, new = None, None
-        if state is not None:
-            rings = (state["window_key"], state["window_value"]) if call.past is not None else None
-            tokens = {"window_key": key, "window_value": value}
-            new = {name: write_ring(state[name], token, call) for name, token in tokens.items()}
-        if state is not None and call.seq_len == 1:
-            spans = [self.ring_span(query[:, None], (new["window_key"], new["window_value"]), call, 0, self.window)]
-            mixed = span_attention(spans, self.scale)[:, 0]
+        if call.step is not None:
+            state = self.put(state, call, key, value)
+            mixed = self.attend_to_cache(state, call, query)
         else:
-            spans = [self.span(self.to_blocks(query, call), key, value, rings, call, 0, self.window)]
-            mixed = self.from_blocks(span_attention(spans, self.scale), call)
-        return self.o_proj(mixed.flatten(-2)), new, {}
+            past = 0 if call.past is None else call.past[:, None]
+            window = self.with_past((key, value), "window", call, state, past, self.window - 1, call.seq_len)
+            mixed = memory_attention(
+                query, *window, past=call.past, window=self.window, chunk_size=call.seq_len, scale=self.scale
+            )
+            state = None if state is None else self.into_cache(state, {"window": (key, value)}, call)
+        return self.o_proj(mixed.flatten(-2)), state, {}
 
 
 class BMojoMixer(BMojoWindowAttention):
@@ -568,9 +673,11 @@ class BMojoMixer(BMojoWindowAttention):
     Source: arXiv 2407.06324; the choices that the paper leaves open are those of the configuration's docstring.
     """
 
+    layer_type = "bmojo"
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.memory = config.eidetic_size
+        self.memory, self.chunk = config.eidetic_size, config.eidetic_chunk_size
         self.fading = SSM_CLASSES[config.ssm_type](config)
         if config.fading_span and not config.tie_attn_weights:
             kv_size = config.num_key_value_heads * config.head_dim
@@ -586,38 +693,16 @@ class BMojoMixer(BMojoWindowAttention):
         predictor; empty without eidetic memory.
         """
         y, new, _ = self.fading(u, call, state)
-        query = self.q_norm(self.heads(self.q_proj(u)))
-        key, value = self.k_norm(self.heads(self.k_proj(u))), self.heads(self.v_proj(u))
-        turned = {"query": rotate(query, call.cos, call.sin), "window_key": rotate(key, call.cos, call.sin)}
-        tokens = {"window_key": turned["window_key"], "window_value": value}
-        if self.config.fading_span:
-            tokens["fading_key"], tokens["fading_value"] = self.fading_tokens(y, call)
         memory = {}
         if self.memory:
             memory = self.innovation(y, call, state)
-            tokens["window_innovation"] = memory["innovation"]
             if state is not None and "history" in state:
                 new["history"] = last_rows(state["history"], y, call.lengths)
-        if state is not None:
-            rings = {name: write_ring(state[name], token, call) for name, token in tokens.items()}
-        if state is not None and call.seq_len == 1:
-            spans, eidetic = self.single_spans(query, turned["query"], rings, call, state)
-            mixed = span_attention(spans, self.scale)[:, 0]
-        else:
-            spans, eidetic = self.block_spans(query, turned["query"], key, tokens, call, state)
-            mixed = self.from_blocks(span_attention(spans, self.scale), call)
-        if eidetic is not None:
-            memory["positions"] = eidetic.pop("positions")
-        if state is not None:
-            new = new | rings | (eidetic or {})
-        return self.o_proj(mixed.flatten(-2)), new, memory
-
-    def fading_tokens(self, y, call: Call):
-        """Keys (rotated) and values of the SSM's outputs."""
-        tied = self.config.tie_attn_weights
-        key = (self.k_proj if tied else self.fading_k_proj)(y)
-        value = (self.v_proj if tied else self.fading_v_proj)(y)
-        return rotate(self.k_norm(self.heads(key)), call.cos, call.sin), self.heads(value)
+        attend = self.attend if call.step is None else self.attend_single
+        mixed, kept, positions = attend(u, y, memory.get("innovation"), call, state)
+        if positions is not None:
+            memory["positions"] = positions
+        return self.o_proj(mixed.flatten(-2)), new | kept, memory
 
     # -- innovation ----------------------------------------------------------------------------------------------------
 
@@ -635,13 +720,12 @@ class BMojoMixer(BMojoWindowAttention):
                     real = torch.ones_like(error, dtype=torch.bool) if call.real() is None else call.real()
                     found["loss"] = error.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
                 error = error.detach()
+            elif call.step is not None:
+                error = (y.to(dtype) - call.step.predictor.to(dtype) @ history.to(dtype)).square().sum(-1)
             else:
-                weights = torch.ones(kernel, dtype=dtype, device=y.device)
-                if choice == "exponential":
-                    weights = (1 - 2 / (kernel + 1)) ** torch.arange(1, kernel + 1, dtype=dtype, device=y.device)
-                    weights = weights if kernel > 1 else torch.ones_like(weights)
-                error = (y.to(dtype) - predict(y, history, call.positions, weights)).pow(2).sum(-1)
-            error = error.masked_fill(error.isnan(), -1)  # below every error, above "no token"
+                weights = predictor_weights(self.config, dtype, y.device)
+                error = prediction_error(y, history, call.positions, weights)
+            error = error.nan_to_num(nan=-1, posinf=torch.inf)  # NaN: below every error, above "no token"
         else:
             scores = {
                 "random": partial(hash_scores, salt=self.layer_idx),
@@ -653,11 +737,100 @@ class BMojoMixer(BMojoWindowAttention):
         found["innovation"] = error if real is None else error.masked_fill(~real, -torch.inf)
         return found
 
-    # -- spans ---------------------------------------------------------------------------------------------------------
+    # -- one token -----------------------------------------------------------------------------------------------------
 
-    def eidetic_query(self, query, call: Call):
-        """The query turned by 2w against keys that are not, so that every eidetic key is 2w away at least."""
-        return rotate(query, *call.table(torch.full((1, 1), 2 * self.window, device=query.device)))
+    def attend_single(self, u, y, innovation, call: Call, state):
+        """The mix for one token of each row, what of the state attention keeps, and the memory of the token's chunk."""
+        step, config = call.step, self.config
+        query = self.q_norm(self.heads(self.q_proj(u)))
+        if config.fading_span and config.tie_attn_weights:  # one product for both
+            both = torch.cat([u, y], 1)
+            key, value = self.k_proj(both), self.v_proj(both)
+        else:
+            key, value = self.k_proj(u), self.v_proj(u)
+            if config.fading_span:
+                key = torch.cat([key, self.fading_k_proj(y)], 1)
+                value = torch.cat([value, self.fading_v_proj(y)], 1)
+        key, value = self.k_norm(self.heads(key)), self.heads(value)
+        heads, rings = query.shape[2], key.shape[1]
+        queries = [query, query] if self.memory else [query]
+        turned = rotate(torch.cat([*queries, key.reshape(len(key), 1, -1, key.shape[3])], 2), step.cos, step.sin)
+        kept = self.put(state, call, turned[:, 0, len(queries) * heads :].unflatten(1, (rings, -1)), value)
+        positions = eidetic_query = None
+        if self.memory:
+            slot = step.index["bmojo"][:, 0, :1, 0]
+            kept["window_innovation"] = call.put(state["window_innovation"], 1, slot, innovation)
+            kept |= {name: state[name] for name in ("eidetic_innovation", "eidetic_position")}
+            if step.boundary is not None:
+                kept = self.cross_boundary(kept, call)
+            positions = kept["eidetic_position"][:, None]
+            eidetic_query = turned[:, :, heads : 2 * heads]
+        return self.attend_to_cache(kept, call, turned[:, :, :heads], eidetic_query), kept, positions
+
+    def cross_boundary(self, state, call: Call):
+        """The state after a chunk boundary: the c tokens that the boundary lets in, merged for the rows at one."""
+        positions = call.past_column - self.window - self.chunk + 1 + torch.arange(self.chunk, device=call.past.device)
+        slots = positions % state["window_innovation"].shape[1]
+        key, value = (take_rows(self.in_cache(state, name, "window"), slots) for name in ("key", "value"))
+        scores = state["window_innovation"].gather(1, slots)
+        scores = scores.masked_fill(~(call.step.boundary & (positions >= 0)), -torch.inf)
+        scores = torch.cat([state["eidetic_innovation"], scores], 1)
+        index = select(scores, self.memory)
+        entering = {"key": rotate(key, *call.table(positions.clamp(min=0), inverse=True)), "value": value}
+        new = state | {
+            "eidetic_innovation": scores.gather(1, index),
+            "eidetic_position": torch.cat([state["eidetic_position"], positions], 1).gather(1, index),
+        }
+        for name, tokens in entering.items():
+            tokens = take_rows(torch.cat([self.in_cache(state, name, "eidetic"), tokens], 1), index).transpose(1, 2)
+            if call.may_overwrite(state[name]):
+                state[name][:, :, self.slots["eidetic"]] = tokens
+            else:
+                new[name] = torch.cat([state[name][:, :, : self.slots["eidetic"].start], tokens], 2)
+        return new
+
+    # -- many tokens ---------------------------------------------------------------------------------------------------
+
+    def attend(self, u, y, innovation, call: Call, state):
+        """The mix for all tokens, what of the state attention keeps ({} without cache), and the memories of all chunks."""
+        query, key = self.q_norm(self.heads(self.q_proj(u))), self.k_norm(self.heads(self.k_proj(u)))
+        spans = {"window": (rotate(key, call.cos, call.sin), self.heads(self.v_proj(u)))}
+        if self.config.fading_span:
+            spans["fading"] = self.fading_tokens(y, call)
+        base = 0 if call.past is None else call.past[:, None] - call.phase
+        length = call.seq_len + call.lead
+        window = self.with_past(spans["window"], "window", call, state, base, self.window - 1, length)
+        fading = (None, None)
+        if self.config.fading_span:
+            fading = self.with_past(spans["fading"], "fading", call, state, base, 2 * self.window - 1, length)
+        eidetic, kept, positions = [None] * 4, {}, None
+        if self.memory:
+            entries = self.entries(key, spans["window"][1], innovation, call, state, base, length)
+            memory, after = self.memories(entries, call, base, length)
+            if state is not None:
+                kept = {f"eidetic_{name}": take_rows(entries[name], after) for name in entries}
+                kept["window_innovation"] = write_ring(state["window_innovation"], innovation, call)
+            positions = self.seen(entries["position"], memory, call, base)
+            turned = rotate(query, *call.table(torch.full((1, 1), 2 * self.window, device=query.device)))
+            eidetic = [call.align(turned), *self.eidetic_entries(entries, memory, call)]
+        mixed = memory_attention(
+            *(call.align(rotate(query, call.cos, call.sin)), *window, *fading, *eidetic),
+            past=None if call.past is None else base[:, 0],
+            window=self.window,
+            chunk_size=self.chunk,
+            scale=self.scale,
+        )
+        if state is not None:
+            memory = [kept.pop(f"eidetic_{name}") for name in ("key", "value")] if self.memory else []
+            kept |= self.into_cache(state, spans, call, *memory)
+        return call.unalign(mixed), kept, positions
+
+    def fading_tokens(self, y, call: Call):
+        """Keys (rotated) and values of the SSM's outputs."""
+        tied = self.config.tie_attn_weights
+        key = (self.k_proj if tied else self.fading_k_proj)(y)
+        value = (self.v_proj if tied else self.fading_v_proj)(y)
+        return rotate(self.k_norm(self.heads(key)), call.cos, call.sin), self.heads(value)
 
     def eidetic_key(self, key, call: Call):
         """Keys of a memory (..., eidetic_size, kv heads, head_dim), turned back by their rank where that counts."""
@@ -666,140 +839,69 @@ class BMojoMixer(BMojoWindowAttention):
         ranks = torch.arange(self.memory, 0, -1, device=key.device)  # the last place holds the newest: rank 1
         return rotate(key, *call.table(-ranks))
 
-    def single_spans(self, query, turned, rings, call: Call, state):
-        """The spans of one token over the rings, which hold it already, and the memory of its chunk."""
-        names = ("eidetic_key", "eidetic_value", "eidetic_innovation", "eidetic_position")
-        spans = [self.ring_span(turned[:, None], (rings["window_key"], rings["window_value"]), call, 0, self.window)]
-        if self.config.fading_span:
-            fading = rings["fading_key"], rings["fading_value"]
-            spans.append(self.ring_span(turned[:, None], fading, call, self.window, 2 * self.window))
-        if not self.memory:
-            return spans, None
-        memory = {name: state[name] for name in names}
-        boundary = call.past_column % self.chunk == 0
-        if call.lengths is not None:  # a row without a new token stays before its boundary
-            boundary = boundary & (call.lengths[:, None] > 0)
-        if torch.compiler.is_compiling() or bool(boundary.any()):
-            memory = self.cross_boundary(memory, rings, call, boundary)
-        query = self.eidetic_query(query, call)[:, None]
-        exists = memory["eidetic_position"] >= 0
-        key = self.eidetic_key(memory["eidetic_key"].to(query.dtype), call)[:, None]
-        value = memory["eidetic_value"].to(query.dtype).masked_fill(~exists[..., None, None], 0)[:, None]
-        spans.append((query, key, value, exists[:, None, None]))
-        return spans, memory | {"positions": memory["eidetic_position"][:, None]}
+    def entries(self, key, value, innovation, call: Call, state, base, length: int):
+        """Everything that can be in a memory of the call, in the order of time, with keys that are not rotated.
 
-    def cross_boundary(self, memory, rings, call: Call, boundary):
-        """The memory after a chunk boundary: the c tokens that the boundary lets in, merged for the rows at one."""
-        positions = call.past_column - self.window - self.chunk + 1 + torch.arange(self.chunk, device=boundary.device)
-        slots = positions % rings["window_key"].shape[1]
-        cos, sin = call.table(positions.clamp(min=0), inverse=True)
-        entering = {
-            "eidetic_key": rotate(take_rows(rings["window_key"], slots), cos, sin),
-            "eidetic_value": take_rows(rings["window_value"], slots),
-            "eidetic_innovation": take_rows(rings["window_innovation"], slots),
-            "eidetic_position": positions,
-        }
-        allowed = boundary & (positions >= 0)
-        entering["eidetic_innovation"] = entering["eidetic_innovation"].masked_fill(~allowed, -torch.inf)
-        both = {name: torch.cat([memory[name], entering[name].to(memory[name].dtype)], 1) for name in memory}
-        index = select(both["eidetic_innovation"], self.memory)
-        return {name: take_rows(tensor, index) for name, tensor in both.items()}
+        The memory before the call, then its tokens, with a past from the first on that may enter.
 
-    def block_spans(self, query, turned, key, tokens, call: Call, state):
-        """The spans of all blocks of the call, and the memory at its end."""
-        turned = self.to_blocks(turned, call)
-
-        def rings(span):
-            return None if call.past is None else (state[f"{span}_key"], state[f"{span}_value"])
-
-        window = tokens["window_key"], tokens["window_value"]
-        spans = [self.span(turned, *window, rings("window"), call, 0, self.window)]
-        if self.config.fading_span:
-            fading = tokens["fading_key"], tokens["fading_value"]
-            spans.append(self.span(turned, *fading, rings("fading"), call, self.window, 2 * self.window))
-        if not self.memory:
-            return spans, None
-        union = self.union(key, tokens, call, state)
-        index, after = self.memories(union, call)
-        per_block, count = self.blocks(call)
-        shape = (turned.shape[0], count, per_block * self.memory)
-        positions = take_rows(union["eidetic_position"], index.flatten(1))
-        exists = positions >= 0
-        chosen_key = take_rows(union["eidetic_key"], index.flatten(1)).unflatten(1, index.shape[1:])
-        chosen_key = self.eidetic_key(chosen_key, call).reshape(*shape, *key.shape[2:])
-        chosen_value = take_rows(union["eidetic_value"], index.flatten(1)).masked_fill(~exists[..., None, None], 0)
-        chosen_value = chosen_value.reshape(*shape, *key.shape[2:])
-        chunk_of_query = torch.arange(turned.shape[2], device=key.device)[:, None] // self.chunk
-        chunk_of_entry = torch.arange(per_block * self.memory, device=key.device) // self.memory
-        visible = exists.view(shape)[:, :, None] & (chunk_of_query == chunk_of_entry)
-        spans.append((self.to_blocks(self.eidetic_query(query, call), call), chosen_key, chosen_value, visible))
-        eidetic = {name: take_rows(tensor, after) for name, tensor in union.items()} if state is not None else {}
-        return spans, eidetic | {"positions": self.seen_memories(positions.view(index.shape), call)}
-
-    def union(self, key, tokens, call: Call, state):
-        """Everything that can be in a memory of the call, in the order of time: the memory before it, then the tokens.
-
-        Keys are not rotated. Slot eidetic_size + i holds the token at position base - w - c + 1 + i.
+        Returns:
+            "key", "value" (rows, entries, kv heads, head_dim), "innovation" and "position" (rows, entries); the
+            latter -inf and -1 where there is nothing, or nothing that may enter.
         """
-        per_block, count = self.blocks(call)
-        ring = None
-        if call.past is not None:
-            ring = {name: state[name] for name in ("window_key", "window_value", "window_innovation")}
-            before = ring_positions(ring["window_key"], call.past_column - 1).clamp(min=0)
-            ring["window_key"] = rotate(ring["window_key"], *call.table(before, inverse=True))
-        start = self.base(call) - self.window - self.chunk + 1
-        length = per_block * count * self.chunk
-        found = {
-            "window_key": key,
-            "window_value": tokens["window_value"],
-            "window_innovation": tokens["window_innovation"],
-        }
-        laid = {name: timeline(token, ring and ring[name], call, start, length) for name, token in found.items()}
-        positions = (start + torch.arange(length, device=key.device)).expand(key.shape[0], length)
-        exists = held(call, start, length, self.window + self.chunk)
-        exists = exists & (positions < call.end())
-        memory = state if state is not None else new_state(self.config, "bmojo", key, prefix="eidetic_")
-        return {
-            "eidetic_key": torch.cat([memory["eidetic_key"].to(key.dtype), laid["window_key"]], 1),
-            "eidetic_value": torch.cat([memory["eidetic_value"].to(key.dtype), laid["window_value"]], 1),
-            "eidetic_innovation": torch.cat(
-                [memory["eidetic_innovation"], laid["window_innovation"].masked_fill(~exists, -torch.inf)], 1
-            ),
-            "eidetic_position": torch.cat([memory["eidetic_position"], positions.masked_fill(~exists, -1)], 1),
-        }
+        rows, tokens = key.shape[0], {"key": key, "value": value, "innovation": innovation}
+        if call.past is None:
+            positions = call.positions.expand(rows, -1)
+            before = {
+                "innovation": innovation.new_full((rows, self.memory), -torch.inf),
+                "position": positions.new_full((rows, self.memory), -1),
+            }
+            before |= {name: tokens[name].new_zeros(rows, self.memory, *key.shape[2:]) for name in ("key", "value")}
+        else:
+            ring = {name: self.in_cache(state, name, "window") for name in ("key", "value")}
+            held = ring_positions(ring["key"], call.past_column - 1).clamp(min=0)
+            ring["key"] = rotate(ring["key"].to(key.dtype), *call.table(held, inverse=True))
+            ring["innovation"] = state["window_innovation"]
+            start, slots = base - self.window - self.chunk + 1, -(-length // self.chunk) * self.chunk
+            tokens = {name: timeline(token, ring[name], call, start, slots) for name, token in tokens.items()}
+            slots = torch.arange(slots, device=key.device)
+            positions = start + slots
+            exists = (positions >= 0) & (positions < call.end())
+            exists &= (call.phase == 0) | (slots >= self.chunk)  # in the middle of a chunk, these came before
+            positions = positions.masked_fill(~exists, -1)
+            tokens["innovation"] = tokens["innovation"].masked_fill(~exists, -torch.inf)
+            before = {name: self.in_cache(state, name, "eidetic") for name in ("key", "value")}
+            before |= {name: state[f"eidetic_{name}"] for name in ("innovation", "position")}
+        tokens["position"] = positions
+        return {name: torch.cat([before[name].to(token.dtype), token], 1) for name, token in tokens.items()}
 
     @torch.no_grad()
-    def memories(self, union, call: Call):
-        """Indices into the union: the memory of every chunk (rows, chunks, M), and the one of the last token (rows, M).
-
-        A running selection, one step per chunk: chunk b keeps the best of what b - 1 kept and of the c tokens that have
-        left the window since.
-        """
-        scores = union["eidetic_innovation"]
-        rows, size = scores.shape[0], self.memory
-        per_block, count = self.blocks(call)
-        kept = torch.arange(size, device=scores.device).expand(rows, size)
-        steps = [kept]
-        for chunk in range(per_block * count):
-            entering = size + chunk * self.chunk + torch.arange(self.chunk, device=scores.device).expand(rows, -1)
-            entering_scores = scores.gather(1, entering)
-            if chunk == 0 and call.past is not None:  # rows in the middle of a chunk crossed its boundary before
-                entering_scores = entering_scores.masked_fill(call.past_column % self.chunk != 0, -torch.inf)
-            best = select(torch.cat([scores.gather(1, kept), entering_scores], 1), size)
-            kept = torch.cat([kept, entering], 1).gather(1, best)
-            steps.append(kept)
-        steps = torch.stack(steps, 1)
-        base = self.base(call)
+    def memories(self, entries, call: Call, base, length: int):
+        """Which entries the queries of each chunk see, (rows, chunks, eidetic_size), -1 for none; and those after the call."""
+        scores, size = entries["innovation"], self.memory
+        kept = torch.arange(-size, 0, device=scores.device).expand(len(scores), size)
+        first = 0 if call.past is not None else 1 - self.window - self.chunk
+        chunks = -(-length // self.chunk)
+        found = size + running_selection(scores[:, size:], scores[:, :size], kept, first, self.chunk, chunks)
         last = torch.div(call.end() - 1 - base, self.chunk, rounding_mode="floor") + 1  # 0: the memory before the call
-        last = last.expand(rows, 1)[..., None].expand(rows, 1, size)
-        return steps[:, 1:], steps.gather(1, last)[:, 0]
+        after = found.gather(1, last[..., None].expand(len(scores), 1, size))[:, 0]
+        exists = entries["position"].gather(1, found[:, 1:].flatten(1)).view_as(found[:, 1:]) >= 0
+        return found[:, 1:].masked_fill(~exists, -1), after
 
-    def seen_memories(self, positions, call: Call):
-        """Positions (rows, chunks, M) without the chunks that no token of the row is in."""
-        chunks = torch.arange(positions.shape[1], device=positions.device)
-        used = -(-(call.end() - self.base(call)) // self.chunk)
-        positions = positions.masked_fill((chunks >= used)[..., None], -1)
-        return positions[:, : max(1, int(used.max()))] if not torch.compiler.is_compiling() else positions
+    def eidetic_entries(self, entries, memory, call: Call):
+        """Keys, values and the memories' places in them, as attention wants them."""
+        if self.config.eidetic_position == "constant":
+            return self.eidetic_key(entries["key"], call), entries["value"], memory
+        chosen = (take_rows(entries[name], memory.flatten(1).clamp(min=0)) for name in ("key", "value"))
+        key, value = (x.unflatten(1, memory.shape[1:]) for x in chosen)  # a key turns with its rank, memory by memory
+        places = torch.arange(memory[0].numel(), device=memory.device).view(memory.shape[1:])
+        return self.eidetic_key(key, call).flatten(1, 2), value.flatten(1, 2), places.where(memory >= 0, -1)
+
+    def seen(self, positions, memory, call: Call, base):
+        """Positions (rows, chunks, eidetic_size) of the memories, without those of chunks that no token of a row is in."""
+        found = positions.gather(1, memory.flatten(1).clamp(min=0)).view_as(memory).masked_fill(memory < 0, -1)
+        used = -(-(call.end() - base) // self.chunk)
+        found = found.masked_fill((torch.arange(memory.shape[1], device=memory.device) >= used)[..., None], -1)
+        return found[:, : max(1, int(used.max()))] if not torch.compiler.is_compiling() else found
 
 
 class BMojoPredictor(nn.Module):
@@ -1042,9 +1144,7 @@ class BMojoModel(BMojoPreTrainedModel):
             hidden_states, kept, memories, states, replays = self._run_layers(piece, call, cache, whole)
             if cache is not None:
                 read = tokens if len(pieces) == 1 else call.real()  # in pieces: places in the row, which count alike
-                if read is None:
-                    read = torch.ones(piece.shape[:2], dtype=torch.bool, device=rows.device)
-                cache.store(states, read, replays)
+                cache.store(states, piece.shape[1], read, replays)
             parts.append(hidden_states)
             start += piece.shape[1]
         return torch.cat(parts, 1), kept, memories
@@ -1068,12 +1168,28 @@ class BMojoModel(BMojoPreTrainedModel):
 
         positions = torch.arange(seq_len, device=like.device)[None]
         if cache is not None and cache.seen_tokens == 0 and seq_len > 1:
-            past = None  # every row begins here: blocks are cut alike, and no ring is read
+            past = None  # every row begins here: no ring is read
+        phase, lead = None, 0
         if past is not None:
             positions = positions + past[:, None]
+            phase, lead = past[:, None] % self.config.eidetic_chunk_size, self.config.eidetic_chunk_size - 1
+            if cache.even:
+                lead = cache.seen_tokens % self.config.eidetic_chunk_size
+            elif not torch.compiler.is_compiling() and like.device.type == "cpu":
+                lead = int(phase.max())
         in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
         fixed_columns = cache is not None and cache.max_cache_len is not None
-        return Call(past, lengths, positions, table, *table(positions), scaling, in_place, fixed_columns)
+        cos, sin = table(positions)
+        call = Call(past, lengths, positions, table, cos, sin, scaling, in_place, fixed_columns, phase, lead, None)
+        if past is not None and seq_len == 1:
+            boundary = phase == 0
+            if lengths is not None:  # a row without a new token stays before its boundary
+                boundary = boundary & (lengths[:, None] > 0)
+            if not torch.compiler.is_compiling() and (cache.even or like.device.type == "cpu"):
+                begins = lead == 0 if cache.even else bool(boundary.any())
+                boundary = boundary if begins else None
+            call.step = make_step(self.config, call, like, boundary)
+        return call
 
     def _run_layers(self, hidden_states, call: Call, cache, keep_hidden: bool):
         """Hidden states, the inputs of all layers if kept, what they remembered, their states, and how to replay them."""
@@ -1098,7 +1214,7 @@ class BMojoModel(BMojoPreTrainedModel):
 @torch.no_grad()
 def _replay(layer, hidden_states, call: Call, state, lengths):
     """The state of a layer after only the first `lengths` tokens of a call."""
-    shorter = Call(**{**vars(call), "lengths": lengths.to(hidden_states.device), "in_place": False})
+    shorter = replace(call, lengths=lengths.to(hidden_states.device), in_place=False)
     return layer.mixer(layer.input_layernorm(hidden_states), shorter, state)[1]
 
 

@@ -1,33 +1,17 @@
 """The mathematics of B'MOJO in plain torch: scans, innovation, selection, rotary positions, attention over memories.
 
-Every function here is a definition: pure, without parameters, differentiable where a gradient is meant to flow. Those
-with a faster kernel in `kernels/` are dispatch points (see `kernels_bmojo.dispatch`).
+Every function here is a definition: pure, without parameters, differentiable where a gradient is meant to flow. Faster
+forms of some are in `cpu_bmojo` and `kernels/`; `kernels_bmojo` chooses.
 
 Legend of the shapes: b batch, t time, h heads, p channels per head, n state, g groups, c chunks, l and s positions in a
 chunk, w `sliding_window`, M `eidetic_size`.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .kernels_bmojo import dispatch
-
-
-def at_least_float32(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype in which states, errors and softmax are computed: float32, or float64 where an input is."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def no_autocast(x: torch.Tensor):
-    """A context in which autocast does not turn float32 matrix products into bfloat16."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+from .numerics_bmojo import at_least_float32, no_autocast
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,7 +19,6 @@ def no_autocast(x: torch.Tensor):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dispatch
 def ssd_scan(x, dt, A, B, C, initial_state=None, chunk_size: int = 64):
     """Mamba2's scan: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t, a scalar decay per head.
 
@@ -93,7 +76,6 @@ def ssd_scan(x, dt, A, B, C, initial_state=None, chunk_size: int = 64):
     return y, state.reshape(batch, num_heads, head_dim, state_size)
 
 
-@dispatch
 def selective_scan(x, dt, A, B, C, initial_state=None, chunk_size: int = 64):
     """Mamba's scan: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t . h_t, a decay per channel and state.
 
@@ -156,6 +138,47 @@ def _scan_block(x, dt, A, B, C, state):
     return y.flatten(1, 2)[:, :seq_len], state
 
 
+def ssd_step(x, dt, A, B, C, state, in_place: bool = False):
+    """`ssd_scan` for one token, (batch, 1, ...); in_place overwrites the state."""
+    batch, _, num_heads, head_dim = x.shape
+    n_groups, state_size = B.shape[2:]
+    with no_autocast(x):
+        decay = (dt[:, 0] * A).exp()[..., None, None]
+        added = (x[:, 0] * dt[:, 0, :, None]).unflatten(1, (n_groups, -1))[..., None]  # (b, g, h, p, 1)
+        shape = batch, n_groups, -1, head_dim, state_size
+        B, C = B[:, 0, :, None, None].to(state.dtype), C[:, 0, :, :, None].to(state.dtype)
+        state = state.mul_(decay) if in_place else state * decay
+        grouped = state.view(shape)
+        grouped = grouped.addcmul_(added, B) if in_place else torch.addcmul(grouped, added, B)
+        y = grouped.flatten(2, 3) @ C  # (b, g, h p, 1)
+    return y.view(batch, 1, num_heads, head_dim), grouped.view(batch, num_heads, head_dim, state_size)
+
+
+def selective_step(x, dt, A, B, C, state, in_place: bool = False):
+    """`selective_scan` for one token, (batch, 1, ...); in_place overwrites the state."""
+    with no_autocast(x):
+        decay = (dt[:, 0, :, None] * A).exp()
+        state = state.mul_(decay) if in_place else state * decay
+        added, B = (x * dt)[:, 0, :, None], B.to(state.dtype)
+        state = state.addcmul_(added, B) if in_place else torch.addcmul(state, added, B)
+        y = state @ C.to(state.dtype).transpose(1, 2)  # (b, channels, 1)
+    return y.transpose(1, 2), state
+
+
+def causal_conv(x, weight, bias=None):
+    """A depthwise convolution over time: y_t = bias + sum_k weight[k] x_{t + k}, y as long as every tap finds an input.
+
+    Args:
+        x: (batch, taps - 1 + seq_len, channels), the inputs after the taps - 1 that came before them.
+        weight: (channels, taps); the last tap is for the newest input.
+        bias: (channels,), or None.
+
+    Returns:
+        (batch, seq_len, channels).
+    """
+    return F.conv1d(x.transpose(1, 2).contiguous(), weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Innovation and its selection
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,6 +220,11 @@ def hash_scores(positions, salt: int):
     return ((x ^ (x >> 16)) & 0xFFFFFF).to(torch.float32) / 2**24
 
 
+def prediction_error(y, history, positions, weights):
+    """The innovation: squared distance of every output from its prediction by `predict`, (batch, seq_len), float32 or wider."""
+    return (y.to(at_least_float32(y)) - predict(y, history, positions, weights)).pow(2).sum(-1)
+
+
 def select(scores, size: int):
     """Which entries stay in a memory of `size`: those with the largest scores, the earlier one of equals.
 
@@ -213,13 +241,38 @@ def select(scores, size: int):
     return order[:, :size].sort(dim=-1).values
 
 
+def running_selection(scores, kept_scores, kept, first: int, chunk_size: int, chunks: int):
+    """The memory of every chunk: chunk b keeps the best of what b - 1 kept and of the tokens that have left the window since.
+
+    Args:
+        scores: (batch, tokens), -inf where there is none.
+        kept_scores, kept: the memory before chunk 0, (batch, size): scores, and numbers in ascending order, all below 0.
+        first: the token that is the first to enter at chunk 0, then chunk_size at every chunk; tokens below 0 do not exist.
+        chunk_size, chunks: tokens per chunk, and for how many chunks.
+
+    Returns:
+        (batch, 1 + chunks, size): the memory before chunk 0 and of every chunk; tokens by their number, in ascending order.
+    """
+    memories = [kept]
+    numbers = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    for start in range(first, first + chunks * chunk_size, chunk_size):
+        entering = slice(max(0, start), max(0, start + chunk_size))
+        if entering.start < min(entering.stop, scores.shape[1]):
+            both_scores = torch.cat([kept_scores, scores[:, entering]], 1)
+            best = select(both_scores, kept.shape[1])
+            kept_scores = both_scores.gather(1, best)
+            kept = torch.cat([kept, numbers[:, entering]], 1).gather(1, best)
+        memories.append(kept)
+    return torch.stack(memories, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Rotary positions
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def rotary_table(positions, inv_freq, scaling: float, dtype):
-    """Cos and sin, each (*positions.shape, head_dim), of positions of any size.
+    """Cos and sin, each (*positions.shape, head_dim), of positions of any size; sin negated in its first half.
 
     Angles are formed in float64, so that a position of a billion costs no precision (in float32 neighbours err by 0.05
     radians at a million). Devices without float64 form them on the CPU.
@@ -228,21 +281,105 @@ def rotary_table(positions, inv_freq, scaling: float, dtype):
     if device.type == "mps":
         positions = positions.cpu()
     angles = positions.to(torch.float64)[..., None] * inv_freq.to(positions.device, torch.float64)
-    angles = torch.cat([angles, angles], -1)
-    return (angles.cos() * scaling).to(device, dtype), (angles.sin() * scaling).to(device, dtype)
+    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    return torch.cat([cos, cos], -1).to(device, dtype), torch.cat([-sin, sin], -1).to(device, dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotate x (..., heads, head_dim) by the table (..., head_dim); computed in float32 or wider, returned in x's dtype."""
-    half = x.shape[-1] // 2
+    """Rotate x (..., heads, head_dim) by a `rotary_table` (..., heads or head_dim): computed in float32 or wider, returned in x's dtype.
+
+    cos and sin lack the axis of heads, unless they have as many as x.
+    """
+    if cos.dim() < x.dim():
+        cos, sin = cos[..., None, :], sin[..., None, :]
     wide = x.to(at_least_float32(x))
-    turned = torch.cat([-wide[..., half:], wide[..., :half]], -1)
-    return (wide * cos[..., None, :] + turned * sin[..., None, :]).to(x.dtype)
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention over several memories
+# Attention over the memories
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def memory_attention(
+    query,
+    window_key,
+    window_value,
+    fading_key=None,
+    fading_value=None,
+    eidetic_query=None,
+    eidetic_key=None,
+    eidetic_value=None,
+    memory=None,
+    past=None,
+    *,
+    window: int,
+    chunk_size: int,
+    scale: float,
+):
+    """One softmax over the window, the fading tokens behind it, and the eidetic memory.
+
+    Query i of a row stands at position past + i. Keys of window and fading tokens are given for the positions past -
+    before to past + seq_len - 1, `before` being what they have more than seq_len; the query sees those that are 0 to
+    window - 1 tokens old in the window, and window to 2 window - 1 among the fading tokens.
+
+    Args:
+        query: (rows, seq_len, num_heads, head_dim), rotated as the keys of window and fading tokens are.
+        window_key, window_value: (rows, before + seq_len, num_key_value_heads, head_dim).
+        fading_key, fading_value: the same, their `before` may differ; None without fading tokens.
+        eidetic_query: as query, but rotated for the eidetic keys; None, like the next three, without eidetic memory.
+        eidetic_key, eidetic_value: whatever can be in a memory, (rows, entries, num_key_value_heads, head_dim).
+        memory: (rows, chunks, eidetic_size) int64, which entries the queries of a chunk see, -1 where a place is empty.
+        past: (rows,) int64, tokens before the first query; None: 0. Positions below 0 do not exist.
+        window: the number of tokens in the window.
+        chunk_size: queries of a chunk.
+        scale: factor on the scores.
+
+    Returns:
+        (rows, seq_len, num_heads, head_dim) in the dtype of the values. The softmax runs in float32 or wider. Where past
+        is given, queries at positions below 0 must not be asked for: what they get is undefined.
+    """
+    seq_len = query.shape[1]
+    per_block = max(1, min(64 // chunk_size, -(-seq_len // chunk_size)))
+    block = per_block * chunk_size
+    count = -(-seq_len // block)
+
+    def in_blocks(x):  # (rows, seq_len, ...) to (rows, blocks, block, ...)
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, count * block - seq_len)).unflatten(1, (count, block))
+
+    def span(key, value, newest, oldest):
+        before, width = key.shape[1] - seq_len, oldest - newest + block - 1
+        slots = torch.arange(1 - oldest, (count - 1) * block + width + 1 - oldest, device=key.device)
+        exists = (slots >= -before)[None] if past is None else (slots >= -before) & (slots >= -past[:, None])
+        index = (slots + before).clamp(0, key.shape[1] - 1)
+        key = key.index_select(1, index)
+        value = value.index_select(1, index).masked_fill(~exists[..., None, None], 0)
+        key, value = (x.unfold(1, width, block).movedim(-1, 2) for x in (key, value))
+        age = torch.arange(block, device=key.device)[:, None] + oldest - 1 - torch.arange(width, device=key.device)
+        visible = ((age >= newest) & (age < oldest)) & exists.unfold(1, width, block)[:, :, None]
+        return query_blocks, key, value, visible
+
+    query_blocks = in_blocks(query)
+    spans = [span(window_key, window_value, 0, window)]
+    if fading_key is not None:
+        spans.append(span(fading_key, fading_value, window, 2 * window))
+    if memory is not None:
+        spans.append(_eidetic_span(in_blocks(eidetic_query), eidetic_key, eidetic_value, memory, chunk_size))
+    return span_attention(spans, scale).flatten(1, 2)[:, :seq_len]
+
+
+def _eidetic_span(query, key, value, memory, chunk_size):
+    """The memories of a block's chunks side by side; a query sees the one of its chunk."""
+    rows, count, block = query.shape[:3]
+    per_block, size = block // chunk_size, memory.shape[-1]
+    memory = F.pad(memory, (0, 0, 0, count * per_block - memory.shape[1]), value=-1)
+    exists = (memory >= 0).view(rows, count, 1, -1)
+    index = memory.flatten(1).clamp(min=0)[..., None, None].expand(-1, -1, *key.shape[2:])
+    key, value = (x.gather(1, index).unflatten(1, (count, -1)) for x in (key, value))
+    value = value.masked_fill(~exists.movedim(-1, 2)[..., None], 0)
+    chunk_of_query = torch.arange(block, device=key.device)[:, None] // chunk_size
+    chunk_of_entry = torch.arange(per_block * size, device=key.device) // size
+    return query, key, value, exists & (chunk_of_query == chunk_of_entry)
 
 
 def span_attention(spans, scale: float):

@@ -1,0 +1,618 @@
+"""The operations of `ops_bmojo` formulated for a CPU: block after block in cache, each with a backward pass of its own.
+
+Every `blocked_` function has the signature and the results of the definition it is named after, which runs instead wherever it
+cannot: on other devices, under torch.compile and torch.func. A second derivative goes through the definition too.
+
+What the formulations rest on, measured on one core: under autograd a slice in a loop costs a tensor of zeros of full size;
+elementwise passes over tensors beyond the cache cost several times those within; batched small matrix products
+run at the speed of large ones. Hence loops over blocks of time outside autograd, which save the states between blocks and
+compute the rest again.
+
+Legend of the shapes: as in `ops_bmojo`; r chunks in a block, q positions in a chunk.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .numerics_bmojo import at_least_float32, no_autocast
+from .ops_bmojo import causal_conv, memory_attention, prediction_error, selective_scan, ssd_scan
+
+
+_LOG2E = math.log2(math.e)
+_BLOCK = 2**18
+
+
+class _Blocked(torch.autograd.Function):
+    """Runs a class below with `forward`, `backward` and `definition`, all static, under autograd."""
+
+    @staticmethod
+    def forward(ctx, op, options, *tensors):
+        with no_autocast(tensors[0]):
+            outputs, saved = op.forward(*tensors, **options)
+        ctx.op, ctx.options, ctx.count = op, options, len(tensors)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        needed = ctx.needs_input_grad[2:]
+        with no_autocast(tensors[0]):
+            if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
+                found = _through_definition(ctx.op, ctx.options, tensors, grads, needed)
+            else:
+                found = ctx.op.backward(tensors, saved, grads, **ctx.options)
+        found = (grad.to(tensor.dtype) if wanted else None for grad, tensor, wanted in zip(found, tensors, needed))
+        return None, None, *found
+
+
+def _through_definition(op, options, tensors, grads, needed):
+    outputs = op.definition(*tensors, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs, grads = zip(*((output, grad) for output, grad in zip(outputs, grads) if grad is not None))
+    inputs = [tensor for tensor, wanted in zip(tensors, needed) if wanted]
+    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True))
+    return [next(found) if wanted else None for wanted in needed]
+
+
+def _run(op, *tensors, **options):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return _Blocked.apply(op, options, *tensors)
+    with torch.no_grad(), no_autocast(tensors[0]):
+        return op.forward(*tensors, **options)[0]
+
+
+def _cut(tensor, start: int, length: int, dtype):
+    """tensor[:, start : start + length] in that dtype, zeros behind its end."""
+    part = tensor[:, start : start + length].to(dtype)
+    missing = length - part.shape[1]
+    return F.pad(part, (0, 0) * (part.dim() - 2) + (0, missing)) if missing else part
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fading memory: the two scans
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def blocked_ssd_scan(x, dt, A, B, C, initial_state=None, chunk_size: int = 64):
+    """See `ops_bmojo.ssd_scan`."""
+    return _run(_SSDScan, x, dt, A, B, C, initial_state, chunk_size=chunk_size)
+
+
+class _SSDScan:
+    """The block decomposition of SSD, with what heads of a group share computed once for all of them.
+
+    States lie as (b, g, n, h p), h the heads of a group: what goes in and out of the state is then one product per chunk.
+    """
+
+    definition = staticmethod(ssd_scan)
+
+    @staticmethod
+    def forward(x, dt, A, B, C, initial_state, chunk_size):
+        block = _SSDBlock(x, dt, A, B, C, chunk_size)
+        y = torch.empty_like(x, dtype=block.dtype, memory_format=torch.contiguous_format)
+        state = block.first_state(initial_state)
+        starts = state.new_empty(x.shape[0], -(-x.shape[1] // block.chunk), *state.shape[1:])
+        for start in range(0, x.shape[1], block.length):
+            block.load(start)
+            held = starts[:, start // block.chunk :][:, : block.chunks]
+            added = block.B.transpose(-1, -2) @ (block.weighted * block.to_end).flatten(-2)  # (b, r, g, n, h p)
+            for chunk, (gain, through) in enumerate(zip(added.unbind(1), block.through.unbind(1))):
+                held[:, chunk] = state
+                state = torch.addcmul(gain, through, state)
+            scores, _ = block.decayed_scores()
+            inside = scores @ block.heads_first(block.weighted)
+            out = (block.C @ held).view_as(block.weighted) * block.since_start
+            out += inside.movedim(3, 4)
+            block.store(y, start, out.movedim(2, 3).flatten(3, 4))
+        return (y, block.last_state(state)), (starts,)
+
+    @staticmethod
+    def backward(tensors, saved, grads, chunk_size):
+        x, dt, A, B, C, initial_state = tensors
+        (starts,), (dy, d_last) = saved, grads
+        block = _SSDBlock(x, dt, A, B, C, chunk_size)
+        dx, d_dt, dB, dC = (
+            torch.empty_like(tensor, dtype=block.dtype, memory_format=torch.contiguous_format)
+            for tensor in (x, dt, B, C)
+        )
+        dA = torch.zeros_like(block.A)
+        d_state = block.first_state(d_last)
+        dy = torch.zeros_like(x) if dy is None else dy
+        for start in reversed(range(0, x.shape[1], block.length)):
+            block.load(start)
+            held = starts[:, start // block.chunk :][:, : block.chunks]
+            d_out = block.by_group(_cut(dy, start, block.chunks * block.chunk, block.dtype))  # as block.weighted
+
+            # inside the chunks
+            scores, decay = block.decayed_scores()
+            d_out_heads = block.heads_first(d_out)
+            d_scores = (d_out_heads @ block.heads_first(block.weighted).transpose(-1, -2)) * decay  # (b, r, g, h, q, q)
+            d_weighted = scores.transpose(-1, -2) @ d_out_heads  # (b, r, g, h, q, p)
+            d_product = d_scores.sum(3).tril()  # (b, r, g, q, q)
+            d_scores = d_scores * block.product[:, :, :, None]
+            d_log = d_scores.sum(-1) - d_scores.sum(-2)  # (b, r, g, h, q)
+
+            # out of the states at the chunks' starts
+            d_out = d_out * block.since_start
+            d_log += (d_out * (block.C @ held).view_as(d_out)).sum(-1).transpose(-1, -2)
+            d_out = d_out.flatten(-2)
+            d_C = d_out @ held.transpose(-1, -2) + d_product @ block.B
+            d_held = block.C.transpose(-1, -2) @ d_out
+
+            # into the states at the chunks' ends
+            d_ends = torch.empty_like(held)
+            for chunk in reversed(range(block.chunks)):
+                d_ends[:, chunk] = d_state
+                d_state = torch.addcmul(d_held[:, chunk], block.through[:, chunk], d_state)
+            d_through = (held * d_ends).sum(-2).unflatten(-1, (-1, x.shape[3])).sum(-1) * block.chunk_decay
+            d_added = (block.B @ d_ends).view_as(block.weighted) * block.to_end
+            d_to_end = (d_added * block.weighted).sum(-1).transpose(-1, -2)  # (b, r, g, h, q)
+            d_log -= d_to_end
+            d_log[..., -1] += d_to_end.sum(-1) + d_through
+            d_B = (block.weighted * block.to_end).flatten(-2) @ d_ends.transpose(-1, -2)
+            d_B += d_product.transpose(-1, -2) @ block.C
+
+            # from the cumulative logs and the weighted inputs to what they are made of
+            d_added += d_weighted.movedim(3, 4)
+            d_decay = d_log.flip(-1).cumsum(-1).flip(-1)
+            d_step = (d_added * block.x).sum(-1).transpose(-1, -2) + d_decay * block.A
+            dA += (d_decay * block.dt).sum((0, 1, 4), keepdim=True)[0, 0]
+            block.store(dx, start, (d_added * block.dt_of_channels).movedim(2, 3).flatten(3, 4))
+            block.store(d_dt, start, d_step.movedim(4, 2).flatten(3, 4))
+            block.store(dB, start, d_B.movedim(2, 3))
+            block.store(dC, start, d_C.movedim(2, 3))
+        d_initial = None if initial_state is None else block.last_state(d_state)
+        return dx, d_dt, dA.flatten(), dB, dC, d_initial
+
+
+class _SSDBlock:
+    """A few chunks of the inputs of `ssd_scan` and what forward and backward both need of them.
+
+    Attributes, after `load`:
+        x, weighted: inputs, and inputs times dt, (b, r, g, q, h, p).
+        dt, log_decay: the latter the logarithm to base 2 of the decay since the chunk's start, (b, r, g, h, q).
+        B, C: (b, r, g, q, n).
+        chunk_decay: decay over a whole chunk, (b, r, g, h); `through`: the same for every channel, (b, r, g, 1, h p).
+        since_start, to_end, dt_of_channels: decay from the chunk's start to a token, from it to the chunk's end, and dt,
+            (b, r, g, q, h, 1).
+    """
+
+    def __init__(self, x, dt, A, B, C, chunk_size):
+        batch, seq_len, heads, self.channels = x.shape
+        self.inputs = x, dt, B, C
+        self.groups, self.state_size = B.shape[2:]
+        self.dtype = at_least_float32(x, dt, A, B)
+        self.A = A.to(self.dtype).view(self.groups, -1, 1)
+        self.lowest = -1022 if self.dtype == torch.float64 else -126  # below, exp2 is denormal or 0, and slow
+        self.chunk = min(chunk_size, max(1, seq_len))
+        per_block = max(1, _BLOCK // max(1, batch * heads * self.chunk**2))
+        self.length = min(per_block, -(-seq_len // self.chunk)) * self.chunk
+
+    def load(self, start: int) -> None:
+        seq_len = self.inputs[0].shape[1]
+        self.chunks = min(self.length // self.chunk, -(-(seq_len - start) // self.chunk))
+        x, dt, B, C = (_cut(tensor, start, self.chunks * self.chunk, self.dtype) for tensor in self.inputs)
+        self.x = self.by_group(x)
+        dt = dt.unflatten(1, (-1, self.chunk)).unflatten(-1, (self.groups, -1))  # (b, r, q, g, h)
+        self.dt = dt.movedim(2, 4).contiguous()
+        self.B, self.C = (part.unflatten(1, (-1, self.chunk)).movedim(3, 2) for part in (B, C))
+        self.log_decay = (self.dt * (self.A * _LOG2E)).cumsum(-1)
+        self.chunk_decay = self._exp2(self.log_decay[..., -1])
+        self.through = self.chunk_decay.repeat_interleave(self.channels, -1)[..., None, :]
+        self.dt_of_channels = self._of_channels(self.dt)
+        self.since_start = self._of_channels(self._exp2(self.log_decay))
+        self.to_end = self._of_channels(self._exp2(self.log_decay[..., -1:] - self.log_decay))
+        self.weighted = self.x * self.dt_of_channels
+
+    def _exp2(self, log):
+        return log.clamp(self.lowest, 0).exp2()
+
+    def decayed_scores(self):
+        """What token s gives to token l inside a chunk, and the decay in it (1 where s > l), (b, r, g, h, q, q).
+
+        The clamp at 0 bounds the decay from the future, which the lower triangle of C B^T then drops.
+        """
+        decay = self._exp2(self.log_decay[..., :, None] - self.log_decay[..., None, :])
+        self.product = (self.C @ self.B.transpose(-1, -2)).tril()
+        return decay * self.product[:, :, :, None], decay
+
+    def by_group(self, tokens):
+        """(b, r q, g h, p) to (b, r, g, q, h, p)."""
+        return tokens.unflatten(1, (-1, self.chunk)).unflatten(3, (self.groups, -1)).movedim(3, 2)
+
+    def heads_first(self, tokens):
+        """(b, r, g, q, h, p) to (b, r, g, h, q, p), contiguous as batched products want it."""
+        return tokens.movedim(4, 3).contiguous()
+
+    def _of_channels(self, steps):
+        """(b, r, g, h, q) to (b, r, g, q, h, 1)."""
+        return steps.transpose(-1, -2)[..., None]
+
+    def store(self, whole, start: int, part) -> None:
+        """Write (b, r, q, ...) to the place of the block in (b, seq_len, ...)."""
+        place = whole[:, start : start + self.length]
+        place.copy_(part.flatten(1, 2)[:, : place.shape[1]])
+
+    def first_state(self, state):
+        """From (b, h, p, n), or None for zeros, to (b, g, n, h p)."""
+        if state is None:
+            batch, _, heads, channels = self.inputs[0].shape
+            shape = batch, self.groups, self.state_size, heads // self.groups * channels
+            return self.inputs[0].new_zeros(shape, dtype=self.dtype)
+        return state.to(self.dtype).unflatten(1, (self.groups, -1)).flatten(2, 3).transpose(-1, -2)
+
+    def last_state(self, state):
+        """The way back, to (b, h, p, n)."""
+        return state.transpose(-1, -2).unflatten(2, (-1, self.channels)).flatten(1, 2).contiguous()
+
+
+def blocked_selective_scan(x, dt, A, B, C, initial_state=None, chunk_size: int = 64):
+    """See `ops_bmojo.selective_scan`. Blocks are cut to fit the cache; chunk_size changes nothing."""
+    return _run(_SelectiveScan, x, dt, A, B, C, initial_state, chunk_size=chunk_size)
+
+
+class _SelectiveScan:
+    """All states of a block of tokens at once, time first, and one fused multiply-add per token to chain them."""
+
+    definition = staticmethod(selective_scan)
+
+    @staticmethod
+    def forward(x, dt, A, B, C, initial_state, chunk_size):
+        block = _SelectiveBlock(x, dt, A, B, C)
+        y = torch.empty_like(x, dtype=block.dtype, memory_format=torch.contiguous_format)
+        state = block.first_state(initial_state)
+        starts = state.new_empty(-(-x.shape[1] // block.length), *state.shape)
+        for number, start in enumerate(range(0, x.shape[1], block.length)):
+            starts[number] = state
+            states, _ = block.run(start, state)
+            state = states[-1]
+            y[:, start : start + block.length] = (block.C.transpose(-1, -2) @ states).squeeze(-2).transpose(0, 1)
+        return (y, state.transpose(1, 2).contiguous()), (starts,)
+
+    @staticmethod
+    def backward(tensors, saved, grads, chunk_size):
+        x, dt, A, B, C, initial_state = tensors
+        (starts,), (dy, d_last) = saved, grads
+        block = _SelectiveBlock(x, dt, A, B, C)
+        dx, d_dt, dB, dC = (
+            torch.empty_like(tensor, dtype=block.dtype, memory_format=torch.contiguous_format)
+            for tensor in (x, dt, B, C)
+        )
+        dA = torch.zeros_like(block.A)  # (n, channels)
+        d_state = block.first_state(d_last)
+        dy = torch.zeros_like(x) if dy is None else dy
+        for number, start in reversed(list(enumerate(range(0, x.shape[1], block.length)))):
+            states, decay = block.run(start, starts[number])
+            place = slice(start, start + block.length)
+            d_out = dy[:, place].to(block.dtype).transpose(0, 1)[:, :, None]  # (t, b, 1, channels)
+            d_states = block.C * d_out  # (t, b, n, channels)
+            steps, decays = d_states.unbind(0), decay.unbind(0)
+            steps[-1].add_(d_state)
+            for earlier, later, through in zip(steps[-2::-1], steps[:0:-1], decays[:0:-1]):
+                earlier.addcmul_(through, later)
+            d_state = decays[0] * steps[0]
+
+            dC[:, place] = (states * d_out).sum(-1).transpose(0, 1)
+            dB[:, place] = (d_states * block.weighted).sum(-1).transpose(0, 1)
+            d_weighted = (d_states * block.B).sum(2)  # (t, b, channels)
+            d_log = d_states.mul_(decay)
+            d_log[0].mul_(starts[number])
+            d_log[1:].mul_(states[:-1])
+            dx[:, place] = (d_weighted * block.dt[:, :, 0]).transpose(0, 1)
+            d_dt[:, place] = torch.addcmul((d_log * block.A).sum(2), d_weighted, block.x).transpose(0, 1)
+            dA += d_log.mul_(block.dt).sum((0, 1))
+        d_initial = None if initial_state is None else d_state.transpose(1, 2)
+        return dx, d_dt, dA.T, dB, dC, d_initial
+
+
+class _SelectiveBlock:
+    """A block of the inputs of `selective_scan`, time first.
+
+    Attributes, after `run`: x (t, b, channels); dt and weighted, that is dt x, (t, b, 1, channels); B, C (t, b, n, 1).
+    `A` is (n, channels) from the beginning.
+    """
+
+    def __init__(self, x, dt, A, B, C):
+        self.inputs = x, dt, B, C
+        self.dtype = at_least_float32(x, dt, A, B)
+        self.A = A.to(self.dtype).T.contiguous()
+        self.lowest = -1022 if self.dtype == torch.float64 else -126  # below, exp2 is denormal or 0, and slow
+        self.length = max(8, min(x.shape[1], _BLOCK // max(1, x.shape[0] * A.numel())))
+
+    def run(self, start: int, state):
+        """The states after every token of the block, and the decay before it, (t, b, n, channels)."""
+        x, dt, B, C = (
+            tensor[:, start : start + self.length].to(self.dtype).transpose(0, 1) for tensor in self.inputs
+        )
+        self.x, self.dt, self.weighted = x, dt[:, :, None], (dt * x)[:, :, None]
+        self.B, self.C = B[..., None], C[..., None]
+        decay = (self.dt * (self.A * _LOG2E)).clamp_(min=self.lowest).exp2_()
+        states = self.weighted * self.B
+        previous = state
+        for step, through in zip(states.unbind(0), decay.unbind(0)):
+            previous = step.addcmul_(through, previous)
+        return states, decay
+
+    def first_state(self, state):
+        """From (b, channels, n), or None for zeros, to (b, n, channels)."""
+        if state is None:
+            return self.A.new_zeros(self.inputs[0].shape[0], *self.A.shape)
+        return state.to(self.dtype).transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Short causal convolution
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def blocked_causal_conv(x, weight, bias=None):
+    """See `ops_bmojo.causal_conv`."""
+    return _run(_CausalConv, x, weight, bias)[0]
+
+
+class _CausalConv:
+    """A sum of shifted products, block after block."""
+
+    definition = staticmethod(causal_conv)
+
+    @staticmethod
+    def forward(x, weight, bias):
+        taps, seq_len = weight.shape[1], x.shape[1] - weight.shape[1] + 1
+        y = x.new_empty(x.shape[0], seq_len, x.shape[2])
+        for block in _conv_blocks(x, seq_len):
+            out = x[:, block] * weight[:, 0] if bias is None else torch.addcmul(bias, x[:, block], weight[:, 0])
+            for tap in range(1, taps):
+                out.addcmul_(x[:, block.start + tap : block.stop + tap], weight[:, tap])
+            y[:, block] = out
+        return (y,), ()
+
+    @staticmethod
+    def backward(tensors, saved, grads):
+        x, weight, bias = tensors
+        dy, taps, seq_len = grads[0], weight.shape[1], grads[0].shape[1]
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        d_weight = torch.zeros(weight.shape[::-1], dtype=at_least_float32(x), device=x.device)
+        for block in _conv_blocks(x, seq_len):
+            given = dy[:, block]
+            for tap in range(taps):
+                place = slice(block.start + tap, block.stop + tap)
+                dx[:, place].addcmul_(given, weight[:, tap])
+                d_weight[tap] += (given * x[:, place]).sum((0, 1), dtype=d_weight.dtype)
+        return dx, d_weight.T, None if bias is None else dy.sum((0, 1), dtype=d_weight.dtype)
+
+
+def _conv_blocks(x, seq_len):
+    length = max(1, _BLOCK // 4 // max(1, x.shape[0] * x.shape[2]))
+    for start in range(0, seq_len, length):
+        yield slice(start, min(start + length, seq_len))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Innovation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def blocked_prediction_error(y, history, positions, weights):
+    """See `ops_bmojo.prediction_error`. Gradients, which only a learned predictor has, are left to the definition."""
+    kernel, seq_len = weights.shape[0], y.shape[1]
+    if torch.is_grad_enabled() and weights.requires_grad:
+        return prediction_error(y, history, positions, weights)
+    dtype = at_least_float32(y)
+    norm = weights.to(dtype).sum() if weights.dim() == 1 else 1
+    errors = torch.empty(y.shape[:2], dtype=dtype, device=y.device)
+    length = max(kernel, _BLOCK // 4 // max(1, y.shape[0] * y.shape[2]))
+    for start in range(0, seq_len, length):
+        block = slice(start, min(start + length, seq_len))
+        before = torch.cat([history.to(y.dtype), y[:, :start]], 1) if start < kernel else y[:, :start]
+        before, now = before[:, before.shape[1] - kernel :], y[:, block]
+        if int(positions[:, start].min()) < kernel:
+            errors[:, block] = prediction_error(now, before, positions[:, block], weights)
+            continue
+        past = torch.cat([before, now], 1).to(dtype)
+        total = past[:, kernel - 1 : -1] * weights[0].to(dtype)
+        for k in range(2, kernel + 1):
+            total.addcmul_(past[:, kernel - k : past.shape[1] - k], weights[k - 1].to(dtype))
+        errors[:, block] = torch.sub(past[:, kernel:], total.div_(norm)).square_().sum(-1)
+    return errors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention over the memories
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def blocked_memory_attention(
+    query,
+    window_key,
+    window_value,
+    fading_key=None,
+    fading_value=None,
+    eidetic_query=None,
+    eidetic_key=None,
+    eidetic_value=None,
+    memory=None,
+    past=None,
+    *,
+    window: int,
+    chunk_size: int,
+    scale: float,
+):
+    """See `ops_bmojo.memory_attention`."""
+    tensors = (query, window_key, window_value, fading_key, fading_value, eidetic_query, eidetic_key, eidetic_value)
+    return _run(_MemoryAttention, *tensors, memory, past, window=window, chunk_size=chunk_size, scale=scale)[0]
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_UNSEEN = -1e30  # added to a score; of -inf alone torch's kernel would give 0 as the logarithm of the sum
+_QUERIES = 64  # in a block: more waste keys that few of them see, fewer leave the kernel too little to do
+
+
+class _MemoryAttention:
+    """Torch's flash attention on every block of queries and every span, merged by the logarithms of their sums.
+
+    Of the forward pass, the backward pass of flash attention needs but the output and the logarithm of the sum: given
+    those of the merged softmax it yields the exact gradients of every span.
+    """
+
+    definition = staticmethod(memory_attention)
+
+    @staticmethod
+    def forward(*tensors, window, chunk_size, scale):
+        query, value = tensors[0], tensors[2]
+        spans = _Spans(tensors, window, chunk_size)
+        out = query.new_empty(*query.shape[:2], spans.kv_heads, spans.group, query.shape[3], dtype=value.dtype)
+        log_sums = out.new_empty(out.shape[:-1], dtype=at_least_float32(query))
+        for block in spans.blocks():
+            parts, sums = [], []
+            for span in spans.of(block):
+                part, log_sum = _flash(*span.inputs, 0.0, False, attn_mask=span.mask, scale=scale)
+                parts.append(span.unfold(part))
+                sums.append(span.unfold(log_sum))
+            if len(parts) > 1:
+                together = torch.stack(sums).logsumexp(0)
+                shares = [(own - together).exp()[..., None] for own in sums]
+                parts[0] = sum(part * share for part, share in zip(parts, shares))
+                sums[0] = together
+            out[:, block] = parts[0]
+            log_sums[:, block] = sums[0]
+        return (out.flatten(2, 3),), (out, log_sums)
+
+    @staticmethod
+    def backward(tensors, saved, grads, window, chunk_size, scale):
+        (out, log_sums), dtype = saved, saved[1].dtype
+        d_out = grads[0].view_as(out)
+        spans = _Spans(tensors, window, chunk_size, dtype)
+        found = [None if x is None else torch.zeros_like(x, dtype=dtype) for x in tensors[:8]]
+        for block in spans.blocks():
+            for span in spans.of(block):
+                o, d_o, log_sum = (span.fold(x[:, block].to(dtype)) for x in (out, d_out, log_sums))
+                d_query, d_key, d_value = _flash_backward(
+                    d_o, *span.inputs, o, log_sum, 0.0, False, attn_mask=span.mask, scale=scale
+                )
+                found[span.place[0]][:, block].view_as(out[:, block]).add_(span.unfold(d_query))
+                span.add(found[span.place[1]], d_key)
+                span.add(found[span.place[2]], d_value)
+        return *found, None, None
+
+
+class _Span:
+    """The keys of one span that a block of queries sees, as the arguments of flash attention.
+
+    Attributes:
+        place: of query, key and value among the arguments of the operation.
+        inputs: query (rows parts, kv, group queries, d), key and value (rows parts, kv, keys, d).
+        mask: what is added to the scores; None where all keys are seen.
+    """
+
+    def __init__(self, place, query, key, value, mask, target, parts=1, part_length=None):
+        self.rows, self.length, self.kv_heads, self.group = query.shape[:4]
+        self.parts, self.place, self.mask, self.target = parts, place, mask, target
+        self.missing = 0 if parts == 1 else parts * part_length - self.length
+        self.inputs = self.fold(query), key.transpose(1, 2), value.transpose(1, 2)
+
+    def fold(self, x):
+        """(rows, queries, kv, group, ...) to (rows parts, kv, group queries, ...), with empty queries to fill the last part."""
+        if self.missing:
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.missing))
+        return x.unflatten(1, (self.parts, -1)).movedim(2, 4).flatten(0, 1).flatten(2, 3)
+
+    def unfold(self, x):
+        """The way back."""
+        x = x.unflatten(2, (self.group, -1)).unflatten(0, (self.rows, self.parts))
+        return x.movedim(4, 2).flatten(1, 2)[:, : self.length]
+
+    def add(self, whole, part):
+        """Add gradients (rows parts, kv, keys, d) to those of all keys (rows, ..., kv, d)."""
+        part = part.transpose(1, 2)
+        if isinstance(self.target, slice):
+            whole[:, self.target] += part
+        else:
+            whole.view(-1, *whole.shape[2:]).index_add_(0, self.target, part.flatten(0, 1))
+
+
+class _Spans:
+    """Cuts the queries of `memory_attention` into blocks and finds the keys of each."""
+
+    def __init__(self, tensors, window, chunk_size, dtype=None):
+        query, self.window_key, self.window_value, *others, self.memory, self.past = tensors
+        self.fading_key, self.fading_value, eidetic_query, self.eidetic_key, self.eidetic_value = others
+        self.dtype, self.window, self.chunk = dtype or self.window_value.dtype, window, chunk_size
+        self.seq_len, self.kv_heads = query.shape[1], self.window_key.shape[2]
+        self.group = query.shape[2] // self.kv_heads
+        self.query, self.eidetic_query = (
+            None if x is None else x.unflatten(2, (self.kv_heads, -1)) for x in (query, eidetic_query)
+        )
+        self.masks = {}
+        if self.memory is not None:
+            filled = self.memory >= 0
+            self.any_filled, self.all_filled = filled.any(2).any(0).tolist(), filled.all(2).all(0).tolist()
+
+    def blocks(self):
+        """Slices of about _QUERIES queries: whole chunks, or parts of one."""
+        step = self.chunk * max(1, _QUERIES // self.chunk)
+        for start in range(0, self.seq_len, step):
+            end = min(start + step, self.seq_len)
+            for inner in range(start, end, _QUERIES):
+                yield slice(inner, min(inner + _QUERIES, end))
+
+    def of(self, block):
+        """The spans that some query of the block sees."""
+        query = self.query[:, block].to(self.dtype)
+        window = self.near((0, 1, 2), query, self.window_key, self.window_value, block, 0, self.window)
+        fading = eidetic = None
+        if self.fading_key is not None:
+            fading = self.near((0, 3, 4), query, self.fading_key, self.fading_value, block, self.window, 2 * self.window)
+        if self.memory is not None:
+            eidetic = self.eidetic(block)
+        return [span for span in (window, fading, eidetic) if span is not None]
+
+    def near(self, place, query, key, value, block, newest, oldest):
+        """Keys that are newest to oldest - 1 tokens older than a query of the block."""
+        before = key.shape[1] - self.seq_len
+        keys = slice(max(0, block.start + before - oldest + 1), block.stop + before - newest)
+        if keys.stop <= keys.start:
+            return None
+        mask = self.mask(block.stop - block.start, block.start + before - keys.start, keys.stop - keys.start, newest, oldest)
+        if self.past is not None and int(self.past.min()) < before - keys.start:
+            slots = torch.arange(keys.start, keys.stop, device=key.device)
+            missing = (slots < before - self.past[:, None])[:, None, None]
+            mask = mask.expand(len(missing), 1, *mask.shape).masked_fill(missing, _UNSEEN)
+        key, value = key[:, keys].to(self.dtype), value[:, keys].to(self.dtype)
+        return _Span(place, query, key, value, mask, keys)
+
+    def mask(self, queries, offset, keys, newest, oldest):
+        """(group queries, keys): 0 where the age offset + query - key is in [newest, oldest)."""
+        which = queries, offset, keys, newest
+        if which not in self.masks:
+            device = self.query.device
+            age = offset + torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
+            mask = torch.zeros(queries, keys, dtype=at_least_float32(self.query), device=device)
+            mask.masked_fill_((age < newest) | (age >= oldest), _UNSEEN)
+            self.masks[which] = mask.repeat(self.group, 1)
+        return self.masks[which]
+
+    def eidetic(self, block):
+        """The memories of the block's chunks, gathered."""
+        first, last = block.start // self.chunk, (block.stop - 1) // self.chunk + 1
+        if not any(self.any_filled[first:last]):
+            return None
+        memory = self.memory[:, first:last]
+        rows, parts, size = memory.shape
+        entries = self.eidetic_key.shape[1]
+        index = (memory.clamp(min=0) + entries * torch.arange(rows, device=memory.device)[:, None, None]).flatten()
+        key, value = (
+            x.flatten(0, 1).index_select(0, index).unflatten(0, (rows * parts, size)).to(self.dtype)
+            for x in (self.eidetic_key, self.eidetic_value)
+        )
+        mask = None
+        if not all(self.all_filled[first:last]):
+            empty = (memory < 0).view(rows * parts, size)
+            mask = torch.zeros(empty.shape, dtype=at_least_float32(key), device=key.device)
+            mask = mask.masked_fill_(empty, _UNSEEN)[:, None, None]
+            value.masked_fill_(empty[..., None, None], 0)  # a weight of 0 would let a NaN through
+        return _Span((5, 6, 7), self.eidetic_query[:, block].to(self.dtype), key, value, mask, index, parts, self.chunk)
