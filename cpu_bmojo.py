@@ -17,11 +17,20 @@ import torch
 import torch.nn.functional as F
 
 from .numerics_bmojo import at_least_float32, no_autocast
-from .ops_bmojo import causal_conv, memory_attention, prediction_error, selective_scan, ssd_scan
+from .ops_bmojo import (
+    causal_conv,
+    memory_attention,
+    prediction_error,
+    rms_norm,
+    selective_scan,
+    silu_gate,
+    ssd_scan,
+)
 
 
 _LOG2E = math.log2(math.e)
-_BLOCK = 2**18
+_SMALL = 2**12  # elements below which one pass of the definition costs less than a loop
+_BLOCK = 2**18  # elements of the largest temporary of a block: 1 MiB of float32, half of a usual L2 cache
 
 
 class _Blocked(torch.autograd.Function):
@@ -38,8 +47,11 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        kept = ctx.saved_tensors  # once: checkpointing computes them again at every reading
+        tensors, saved = kept[: ctx.count], kept[ctx.count :]
         needed = ctx.needs_input_grad[2:]
+        if all(grad is None for grad in grads):  # nothing depends on the outputs
+            return (None,) * (2 + ctx.count)
         with no_autocast(tensors[0]):
             if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
                 found = _through_definition(ctx.op, ctx.options, tensors, grads, needed)
@@ -175,7 +187,7 @@ class _SSDBlock:
     Attributes, after `load`:
         x, weighted: inputs, and inputs times dt, (b, r, g, q, h, p).
         dt, log_decay: the latter the logarithm to base 2 of the decay since the chunk's start, (b, r, g, h, q).
-        B, C: (b, r, g, q, n).
+        B, C: (b, r, g, q, n); product: the lower triangle of C B^T, (b, r, g, q, q).
         chunk_decay: decay over a whole chunk, (b, r, g, h); `through`: the same for every channel, (b, r, g, 1, h p).
         since_start, to_end, dt_of_channels: decay from the chunk's start to a token, from it to the chunk's end, and dt,
             (b, r, g, q, h, 1).
@@ -183,33 +195,45 @@ class _SSDBlock:
 
     def __init__(self, x, dt, A, B, C, chunk_size):
         batch, seq_len, heads, self.channels = x.shape
-        self.inputs = x, dt, B, C
-        self.groups, self.state_size = B.shape[2:]
+        self.tokens, self.heads, self.groups, self.state_size = x, heads, *B.shape[2:]
         self.dtype = at_least_float32(x, dt, A, B)
         self.A = A.to(self.dtype).view(self.groups, -1, 1)
-        self.lowest = -1022 if self.dtype == torch.float64 else -126  # below, exp2 is denormal or 0, and slow
         self.chunk = min(chunk_size, max(1, seq_len))
-        per_block = max(1, _BLOCK // max(1, batch * heads * self.chunk**2))
-        self.length = min(per_block, -(-seq_len // self.chunk)) * self.chunk
+        count = -(-seq_len // self.chunk)
+        per_block = max(1, _BLOCK // 2 // max(1, batch * heads * self.chunk**2))
+        self.length = min(per_block, count) * self.chunk
+
+        # all but the tokens is small: worked out once for all blocks
+        dt, B, C = (_cut(tensor, 0, count * self.chunk, self.dtype).unflatten(1, (count, -1)) for tensor in (dt, B, C))
+        dt = dt.unflatten(-1, (self.groups, -1)).movedim(2, 4).contiguous()  # (b, r, g, h, q)
+        B, C = B.movedim(3, 2), C.movedim(3, 2)
+        log_decay = (dt * (self.A * _LOG2E)).cumsum(-1)
+        chunk_decay = self._exp2(log_decay[..., -1])
+        self.small = {
+            "dt": dt,
+            "B": B,
+            "C": C,
+            "product": (C @ B.transpose(-1, -2)).tril_(),
+            "log_decay": log_decay,
+            "chunk_decay": chunk_decay,
+            "through": chunk_decay.repeat_interleave(self.channels, -1)[..., None, :],
+            "dt_of_channels": dt.transpose(-1, -2)[..., None],
+            "since_start": self._exp2(log_decay).transpose(-1, -2)[..., None],
+            "to_end": self._exp2(log_decay[..., -1:] - log_decay).transpose(-1, -2)[..., None],
+        }
 
     def load(self, start: int) -> None:
-        seq_len = self.inputs[0].shape[1]
-        self.chunks = min(self.length // self.chunk, -(-(seq_len - start) // self.chunk))
-        x, dt, B, C = (_cut(tensor, start, self.chunks * self.chunk, self.dtype) for tensor in self.inputs)
-        self.x = self.by_group(x)
-        dt = dt.unflatten(1, (-1, self.chunk)).unflatten(-1, (self.groups, -1))  # (b, r, q, g, h)
-        self.dt = dt.movedim(2, 4).contiguous()
-        self.B, self.C = (part.unflatten(1, (-1, self.chunk)).movedim(3, 2) for part in (B, C))
-        self.log_decay = (self.dt * (self.A * _LOG2E)).cumsum(-1)
-        self.chunk_decay = self._exp2(self.log_decay[..., -1])
-        self.through = self.chunk_decay.repeat_interleave(self.channels, -1)[..., None, :]
-        self.dt_of_channels = self._of_channels(self.dt)
-        self.since_start = self._of_channels(self._exp2(self.log_decay))
-        self.to_end = self._of_channels(self._exp2(self.log_decay[..., -1:] - self.log_decay))
+        first = start // self.chunk
+        last = min(first + self.length // self.chunk, self.small["dt"].shape[1])
+        self.chunks = last - first
+        for name, tensor in self.small.items():
+            setattr(self, name, tensor[:, first:last])
+        self.x = self.by_group(_cut(self.tokens, start, self.chunks * self.chunk, self.dtype))
         self.weighted = self.x * self.dt_of_channels
 
     def _exp2(self, log):
-        return log.clamp(self.lowest, 0).exp2()
+        lowest = -512 if self.dtype == torch.float64 else -64  # of no weight, and no product of it is denormal
+        return log.clamp(lowest, 0).exp2_()
 
     def decayed_scores(self):
         """What token s gives to token l inside a chunk, and the decay in it (1 where s > l), (b, r, g, h, q, q).
@@ -217,7 +241,6 @@ class _SSDBlock:
         The clamp at 0 bounds the decay from the future, which the lower triangle of C B^T then drops.
         """
         decay = self._exp2(self.log_decay[..., :, None] - self.log_decay[..., None, :])
-        self.product = (self.C @ self.B.transpose(-1, -2)).tril()
         return decay * self.product[:, :, :, None], decay
 
     def by_group(self, tokens):
@@ -228,10 +251,6 @@ class _SSDBlock:
         """(b, r, g, q, h, p) to (b, r, g, h, q, p), contiguous as batched products want it."""
         return tokens.movedim(4, 3).contiguous()
 
-    def _of_channels(self, steps):
-        """(b, r, g, h, q) to (b, r, g, q, h, 1)."""
-        return steps.transpose(-1, -2)[..., None]
-
     def store(self, whole, start: int, part) -> None:
         """Write (b, r, q, ...) to the place of the block in (b, seq_len, ...)."""
         place = whole[:, start : start + self.length]
@@ -240,9 +259,8 @@ class _SSDBlock:
     def first_state(self, state):
         """From (b, h, p, n), or None for zeros, to (b, g, n, h p)."""
         if state is None:
-            batch, _, heads, channels = self.inputs[0].shape
-            shape = batch, self.groups, self.state_size, heads // self.groups * channels
-            return self.inputs[0].new_zeros(shape, dtype=self.dtype)
+            shape = len(self.tokens), self.groups, self.state_size, self.heads // self.groups * self.channels
+            return self.tokens.new_zeros(shape, dtype=self.dtype)
         return state.to(self.dtype).unflatten(1, (self.groups, -1)).flatten(2, 3).transpose(-1, -2)
 
     def last_state(self, state):
@@ -320,7 +338,7 @@ class _SelectiveBlock:
         self.inputs = x, dt, B, C
         self.dtype = at_least_float32(x, dt, A, B)
         self.A = A.to(self.dtype).T.contiguous()
-        self.lowest = -1022 if self.dtype == torch.float64 else -126  # below, exp2 is denormal or 0, and slow
+        self.lowest = -512 if self.dtype == torch.float64 else -64  # of no weight, and no product of it is denormal
         self.length = max(8, min(x.shape[1], _BLOCK // max(1, x.shape[0] * A.numel())))
 
     def run(self, start: int, state):
@@ -392,6 +410,93 @@ def _conv_blocks(x, seq_len):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Norm and gate
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def blocked_rms_norm(x, weight, eps: float, n_groups: int = 1):
+    """See `ops_bmojo.rms_norm`."""
+    if x.numel() < _SMALL:
+        return rms_norm(x, weight, eps, n_groups)
+    return _run(_RMSNorm, x, weight, eps=eps, n_groups=n_groups)[0]
+
+
+def blocked_silu_gate(gate, x):
+    """See `ops_bmojo.silu_gate`."""
+    if x.numel() < _SMALL:
+        return silu_gate(gate, x)
+    return _run(_SiluGate, gate, x)[0]
+
+
+class _RMSNorm:
+    """Saves the input and one number per row and group."""
+
+    definition = staticmethod(rms_norm)
+
+    @staticmethod
+    def forward(x, weight, eps, n_groups):
+        dtype = at_least_float32(x)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        scale = torch.empty(x.shape[:-1].numel(), n_groups, 1, dtype=dtype, device=x.device)
+        (given, into), weight = _in_groups(n_groups, x, out), weight.view(n_groups, -1)
+        for rows in _row_blocks(given):
+            wide = given[rows].to(dtype)
+            length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            scale[rows] = (length * length / wide.shape[-1] + eps).rsqrt_()
+            into[rows] = (wide * scale[rows]).mul_(weight)
+        return (out,), (scale,)
+
+    @staticmethod
+    def backward(tensors, saved, grads, eps, n_groups):
+        (x, weight), (scale,) = tensors, saved
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        (given, found, into), weight = _in_groups(n_groups, grads[0], x, dx), weight.view(n_groups, -1)
+        d_weight = torch.zeros_like(weight, dtype=scale.dtype)
+        for rows in _row_blocks(given):
+            normed = found[rows].to(scale.dtype) * scale[rows]
+            d_out = given[rows].to(scale.dtype)
+            d_weight += (d_out * normed).sum(0)
+            d_normed = d_out * weight
+            along = (d_normed * normed).mean(-1, keepdim=True)
+            into[rows] = torch.addcmul(d_normed, normed, along, value=-1).mul_(scale[rows])
+        return dx, d_weight.flatten()
+
+
+class _SiluGate:
+    """Saves its inputs only."""
+
+    definition = staticmethod(silu_gate)
+
+    @staticmethod
+    def forward(gate, x):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        gate, x, into = _in_groups(1, gate, x, out)
+        for rows in _row_blocks(x):
+            torch.mul(F.silu(gate[rows]), x[rows], out=into[rows])
+        return (out,), ()
+
+    @staticmethod
+    def backward(tensors, saved, grads):
+        found = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+        gate, x, d_out, d_gate, d_x = _in_groups(1, *tensors, grads[0], *found)
+        for rows in _row_blocks(x):
+            torch.mul(F.silu(gate[rows]), d_out[rows], out=d_x[rows])
+            d_gate[rows] = torch.ops.aten.silu_backward(d_out[rows] * x[rows], gate[rows])
+        return found
+
+
+def _in_groups(n_groups, *tensors):
+    """(..., size) to (rows, n_groups, size / n_groups)."""
+    return [tensor.reshape(-1, n_groups, tensor.shape[-1] // n_groups) for tensor in tensors]
+
+
+def _row_blocks(x):
+    length = max(1, _BLOCK // 4 // max(1, x[0].numel()))
+    for start in range(0, len(x), length):
+        yield slice(start, start + length)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Innovation
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -449,7 +554,7 @@ def blocked_memory_attention(
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _UNSEEN = -1e30  # added to a score; of -inf alone torch's kernel would give 0 as the logarithm of the sum
-_QUERIES = 64  # in a block: more waste keys that few of them see, fewer leave the kernel too little to do
+_QUERIES = 128  # in a block: more waste keys that few of them see, fewer leave the kernel too little to do
 
 
 class _MemoryAttention:

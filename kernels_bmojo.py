@@ -27,10 +27,20 @@ from .cpu_bmojo import (
     blocked_causal_conv,
     blocked_memory_attention,
     blocked_prediction_error,
+    blocked_rms_norm,
     blocked_selective_scan,
+    blocked_silu_gate,
     blocked_ssd_scan,
 )
-from .ops_bmojo import causal_conv, memory_attention, prediction_error, selective_scan, ssd_scan
+from .ops_bmojo import (
+    causal_conv,
+    memory_attention,
+    prediction_error,
+    rms_norm,
+    selective_scan,
+    silu_gate,
+    ssd_scan,
+)
 
 
 logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANSFORMERS_VERBOSITY=info shows its lines
@@ -171,3 +181,5 @@ selective_scan = dispatch(selective_scan, blocked_selective_scan)
 causal_conv = dispatch(causal_conv, blocked_causal_conv)
 prediction_error = dispatch(prediction_error, blocked_prediction_error)
 memory_attention = dispatch(memory_attention, blocked_memory_attention)
+rms_norm = dispatch(rms_norm, blocked_rms_norm)
+silu_gate = dispatch(silu_gate, blocked_silu_gate)

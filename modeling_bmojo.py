@@ -29,7 +29,9 @@ from .kernels_bmojo import (
     copy_kernels,
     memory_attention,
     prediction_error,
+    rms_norm,
     selective_scan,
+    silu_gate,
     ssd_scan,
 )
 from .layout_bmojo import PackedLayout, Rows, read_layout, read_mask
@@ -352,9 +354,7 @@ class BMojoRMSNorm(nn.Module):
         self.eps, self.n_groups = eps, n_groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(at_least_float32(x)).unflatten(-1, (self.n_groups, -1))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight * wide.flatten(-2)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.n_groups)
 
 
 class BMojoMLP(nn.Module):
@@ -363,10 +363,11 @@ class BMojoMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act in ("silu", "swish")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(silu_gate(gate, up) if self.is_silu else self.act_fn(gate) * up)
 
 
 class BMojoDynamics(nn.Module):
@@ -470,7 +471,7 @@ class BMojoMamba2(BMojoSSM):
         else:
             y, ssm = ssd_step(x, dt, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
         y = (y + D[:, None] * x).flatten(-2).to(u.dtype)
-        return self.out_proj(self.norm(y * F.silu(z))), {"conv": conv, "ssm": ssm}, {}
+        return self.out_proj(self.norm(silu_gate(z, y))), {"conv": conv, "ssm": ssm}, {}
 
 
 class BMojoTimeStepProjection(nn.Linear):
@@ -498,7 +499,7 @@ class BMojoMamba(BMojoSSM):
         else:
             y, ssm = selective_step(x, dt, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
         y = (y + D * x).to(u.dtype)
-        return self.out_proj(y * F.silu(z)), {"conv": conv, "ssm": ssm}, {}
+        return self.out_proj(silu_gate(z, y)), {"conv": conv, "ssm": ssm}, {}
 
 
 SSM_CLASSES = {"mamba": BMojoMamba, "mamba2": BMojoMamba2}

@@ -180,6 +180,28 @@ def causal_conv(x, weight, bias=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Norm and gate
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x, weight, eps: float, n_groups: int = 1):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, or over n_groups equal parts of it; statistics in float32 or wider.
+
+    Args:
+        x: (..., size).
+        weight: (size,).
+    """
+    wide = x.to(at_least_float32(x)).unflatten(-1, (n_groups, -1))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * wide.flatten(-2)).to(x.dtype)
+
+
+def silu_gate(gate, x):
+    """silu(gate) * x."""
+    return F.silu(gate) * x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Innovation and its selection
 # ----------------------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ What is measured, batch 1, each model with its own kind of cache:
 
 All models stand in one process and take turns, --rounds times, so that a machine that slows down slows all alike. The
 tables show medians, and medians of the ratios inside a round. A call that would take longer than --limit seconds is not
-made: it shows as "> 300 s (est. 1,160)", judged by the growth between shorter lengths. Results go to --output as they
+made: it shows as "> 300 s (est. 1,160 s)", judged by the growth between shorter lengths. Results go to --output as they
 come: results.json (every single time), table.md, and time.png and memory.png where matplotlib is installed.
 """
 
@@ -279,6 +279,7 @@ class Benchmark:
                 self.records |= {(measure, record["entrant"], length): record for record in records}
                 (self.measure_peaks if measure.startswith("memory") else self.measure_times)(records)
                 (self.output / "table.md").write_text(make_report(self.about, self.records), encoding="utf-8")
+        gc.unfreeze()
 
     def measure_times(self, records: list[dict]):
         """Let all entrants take turns at one case."""
@@ -414,7 +415,7 @@ class Table:
         """The median of a record, or why it has none."""
         if rounds := self.rounds(record):
             return show(statistics.median(rounds))
-        return record.get("skipped", "-") + (f" (est. {show(record['estimate'])})" if "estimate" in record else "")
+        return record.get("skipped", "-") + (f" (est. {show(record['estimate'])} s)" if "estimate" in record else "")
 
     def show_ratio(self, ours: dict, theirs: dict) -> str:
         """Ours / theirs, the median over the rounds; by the estimate, and marked so, where theirs was too slow."""

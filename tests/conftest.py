@@ -61,6 +61,19 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(params=["auto", "blocks", "definition"])
+def form(request, monkeypatch) -> str:
+    """Which form of the ops runs: what is chosen by itself, the same cut into blocks of very few tokens, or the definitions."""
+    monkeypatch.setenv("BMOJO_KERNELS", "definition" if request.param == "definition" else "auto")
+    if request.param == "blocks":
+        from bmojo import cpu_bmojo
+
+        monkeypatch.setattr(cpu_bmojo, "_SMALL", 1)
+        monkeypatch.setattr(cpu_bmojo, "_BLOCK", 64)
+        monkeypatch.setattr(cpu_bmojo, "_QUERIES", 4)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """Make the configuration of a tiny model; keyword arguments override."""

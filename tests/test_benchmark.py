@@ -93,7 +93,7 @@ def test_a_call_beyond_the_limit_is_estimated(benchmark, sizes, tmp_path):
     assert theirs["estimate"] == pytest.approx(4 * 16**2)
     mine["seconds"] = [[32.0]]
     report = benchmark.make_report(run.about, run.records)
-    assert "| Mistral | > 300 s (est. 1,024) |" in report
+    assert "| Mistral | > 300 s (est. 1,024 s) |" in report
     assert "| Mistral | ~0.03 (est.) |" in report
     peak = {"measure": "memory train", "entrant": "mistral", "length": 8192}
     assert run.skip(peak), "what takes too long to time takes too long to measure"

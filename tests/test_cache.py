@@ -1,15 +1,14 @@
 """The cache: its size to the byte, its rows, storage and rollback, and that nothing in it is read before it is written."""
 
 import copy
-import math
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bmojo.cache_bmojo import BMojoCache, cache_bytes
+from bmojo.cache_bmojo import BMojoCache, cache_bytes, memory_slots
 
 
 WINDOW = 5  # of the tiny models; their chunks are of 3
@@ -309,7 +308,12 @@ def test_load_refuses_another_model(tiny_model, tiny_config, tmp_path):
 def test_load_refuses_other_files(tiny_config, tmp_path):
     save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
     (tmp_path / "notes.safetensors").write_text("no tensors at all")
-    for name in ("weights.safetensors", "notes.safetensors"):
+    cache = BMojoCache(tiny_config())
+    cache.begin(torch.zeros(1, 1))
+    cache.save(tmp_path / "cache.safetensors")
+    tensors = load_file(tmp_path / "cache.safetensors")
+    save_file(tensors, tmp_path / "older.safetensors", {"format": "bmojo-cache-1"})  # laid out in another way
+    for name in ("weights.safetensors", "notes.safetensors", "older.safetensors"):
         with pytest.raises(ValueError, match=f"{name} was not written by BMojoCache.save"):
             BMojoCache.load(tmp_path / name, tiny_config())
 
@@ -434,27 +438,36 @@ def test_the_log_is_bounded(tiny_model):
 def poison(cache: BMojoCache, value: float) -> int:
     """Overwrite every slot of rings, memories and reserved columns that holds no token; returns how many there are."""
     count = 0
-    for layer in cache.layers:
-        for name, tensor in layer.state.items():
-            slots = torch.arange(tensor.shape[1])
-            if name.startswith(("window", "fading", "full")):
-                empty = slots >= cache.lengths[:, None]
-            elif name in ("eidetic_key", "eidetic_value"):
+    for layer, layer_type in zip(cache.layers, cache.config.layers_block_type, strict=True):
+        parts = []
+        for name, tensor in layer.state.items():  # conv, ssm: zero is their content; eidetic_position says what is empty
+            if name in ("key", "value"):
+                slots = memory_slots(cache.config, layer_type).items()
+                parts += [(span, tensor[:, :, part].transpose(1, 2)) for span, part in slots]
+            elif name in ("full_key", "full_value", "history", "window_innovation"):
+                parts.append((name, tensor))
+        for span, part in parts:
+            slots = torch.arange(part.shape[1])
+            if span == "eidetic":
                 empty = layer.state["eidetic_position"] < 0
-            elif name == "history":
-                empty = slots < tensor.shape[1] - cache.lengths[:, None]
-            else:  # conv, ssm: zero is their content; innovation and position say what is empty
-                continue
-            tensor[empty] = value
+            elif span == "history":
+                empty = slots < part.shape[1] - cache.lengths[:, None]
+            else:  # the token at position p is in slot p % size
+                empty = slots >= cache.lengths[:, None]
+            part[empty] = value
             count += int(empty.sum())
     return count
 
 
-@pytest.mark.parametrize("content", [1e4, math.nan])
+@pytest.mark.parametrize("content", [1e4, -1e20])  # no NaN: slots are zeros at first, and a weight of 0 is multiplied
 @pytest.mark.parametrize("seen", [1, 4, 7, 11])
-@pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1, 1], [6], [1, 4, 1]])
+@pytest.mark.parametrize(
+    ("form", "sizes"),
+    [("auto", [1, 1, 1, 1, 1, 1]), ("auto", [6]), ("auto", [1, 4, 1]), ("blocks", [6]), ("definition", [6])],
+    indirect=["form"],
+)
 @pytest.mark.parametrize("changes", **by_name(STREAMED))
-def test_empty_slots_are_not_read(tiny_model, changes, sizes, seen, content):
+def test_empty_slots_do_not_count(tiny_model, form, changes, sizes, seen, content):
     model, ids = tiny_model(dtype=torch.float64, **changes), random_ids(2, seen + 6)
     mask = torch.ones_like(ids)
     mask[1, : seen // 2] = 0
@@ -470,11 +483,12 @@ def test_poison_shows_where_tokens_are(tiny_model):
     """The same numbers in slots that do hold tokens change the logits: the test above looks at the right places."""
     model, ids = tiny_model(dtype=torch.float64), random_ids(1, 21)
     want = whole(model, ids)[:, 20:]
-    for name in ("window_key", "window_value", "fading_key", "fading_value", "eidetic_key", "eidetic_value"):
-        cache = BMojoCache(model.config)
-        read(model, cache, ids[:, :20])
-        cache.layers[0].state[name].fill_(1e4)
-        assert (read(model, cache, ids[:, 20:]) - want).abs().max() > 1e-6, name
+    for name in ("key", "value"):
+        for span, slots in memory_slots(model.config, "bmojo").items():
+            cache = BMojoCache(model.config)
+            read(model, cache, ids[:, :20])
+            cache.layers[0].state[name][:, :, slots] = 1e4
+            assert (read(model, cache, ids[:, 20:]) - want).abs().max() > 1e-6, (name, span)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

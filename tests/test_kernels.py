@@ -41,14 +41,14 @@ def said(monkeypatch):
     kernels_bmojo.logger.manager._clear_cache()
 
 
-def make_op(name: str):
+def make_op(name: str, cpu=None):
     """An op of that name, a new one for every test since Python keeps the modules that it imported."""
 
     def definition(x):
         return "definition"
 
     definition.__name__ = name
-    return kernels_bmojo.dispatch(definition)
+    return kernels_bmojo.dispatch(definition, cpu)
 
 
 def write_kernel(folder, name: str, text: str | None = None):
@@ -66,11 +66,25 @@ def test_the_device_decides(folder, said):
     assert "the tensors are on cpu" in definition[1]
 
 
-def test_torch_can_be_forced(folder, said, monkeypatch):
+@pytest.mark.parametrize("mode", ["torch", "definition"])
+def test_torch_can_be_forced(folder, said, monkeypatch, mode):
     write_kernel(folder, "by_force")
-    monkeypatch.setenv("BMOJO_KERNELS", "torch")
+    monkeypatch.setenv("BMOJO_KERNELS", mode)
     assert make_op("by_force")(ON_GPU) == "definition"
-    assert said == [("INFO", "B'MOJO runs its torch definitions: BMOJO_KERNELS=torch.")]
+    assert said == [("INFO", f"B'MOJO runs in plain torch: BMOJO_KERNELS={mode}.")]
+
+
+def test_the_form_for_a_cpu_runs_on_a_cpu_alone(folder, monkeypatch):
+    write_kernel(folder, "in_three_forms")
+    op = make_op("in_three_forms", cpu=lambda x: "cpu")
+    assert (op(ON_CPU), op(ON_GPU), op.cpu(ON_GPU)) == ("cpu", "kernel", "cpu")
+    wanted = {"torch": ("cpu", "definition"), "definition": ("definition", "definition")}
+    for mode, answers in wanted.items():
+        monkeypatch.setenv("BMOJO_KERNELS", mode)
+        assert (op(ON_CPU), op(ON_GPU)) == answers
+    monkeypatch.setenv("BMOJO_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert op(ON_CPU) == "kernel"
 
 
 def test_a_missing_kernel_is_normal(folder, said):
@@ -105,7 +119,7 @@ def test_a_required_kernel_says_what_is_missing(folder, monkeypatch):
 
 def test_an_unknown_mode_is_refused(folder, monkeypatch):
     monkeypatch.setenv("BMOJO_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="BMOJO_KERNELS is 'cuda'; allowed are 'auto', 'torch', 'triton'"):
+    with pytest.raises(ValueError, match="BMOJO_KERNELS is 'cuda'; allowed are 'auto', 'torch', 'triton', 'definition'"):
         make_op("any")(ON_CPU)
 
 

@@ -12,6 +12,7 @@ from accelerate import cpu_offload, disk_offload
 from torch import nn
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
+from bmojo.kernels_bmojo import ssd_scan
 from bmojo.modeling_bmojo import (
     BMojoForCausalLM,
     BMojoForQuestionAnswering,
@@ -22,7 +23,6 @@ from bmojo.modeling_bmojo import (
     BMojoRMSNorm,
     get_parameter_groups,
 )
-from bmojo.ops_bmojo import ssd_scan
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -286,7 +286,7 @@ def test_autocast_keeps_loss_and_states(tiny_model, ids, overrides):
     assert {output.past_key_values.tensors()[name].dtype for name in wide} == {torch.float32}
 
 
-def test_autocast_leaves_the_scan_alone(tiny_model, ids, monkeypatch):
+def test_autocast_leaves_the_scan_alone(tiny_model, form, ids, monkeypatch):
     """Its matrix products would round what the state accumulates to bfloat16."""
     scans = []
 
