@@ -62,6 +62,8 @@ class _Blocked(torch.autograd.Function):
 
 
 def _through_definition(op, options, tensors, grads, needed):
+    """Gradients that can be differentiated. Of views: where one input is made from another, its way counts outside only."""
+    tensors = [tensor.view_as(tensor) if wanted else tensor for tensor, wanted in zip(tensors, needed)]
     outputs = op.definition(*tensors, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     outputs, grads = zip(*((output, grad) for output, grad in zip(outputs, grads) if grad is not None))
@@ -416,8 +418,10 @@ def _conv_blocks(x, seq_len):
 
 def blocked_rms_norm(x, weight, eps: float, n_groups: int = 1):
     """See `ops_bmojo.rms_norm`."""
-    if x.numel() < _SMALL:
-        return rms_norm(x, weight, eps, n_groups)
+    if x.numel() < _SMALL and n_groups == 1 and not (x.requires_grad and torch.is_grad_enabled()):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x))
+        scale = (length * length).div_(x.shape[-1]).add_(eps).rsqrt_()
+        return (x * scale).mul_(weight).to(x.dtype)
     return _run(_RMSNorm, x, weight, eps=eps, n_groups=n_groups)[0]
 
 
@@ -469,7 +473,7 @@ class _SiluGate:
 
     @staticmethod
     def forward(gate, x):
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = torch.empty_like(x, dtype=torch.result_type(gate, x), memory_format=torch.contiguous_format)
         gate, x, into = _in_groups(1, gate, x, out)
         for rows in _row_blocks(x):
             torch.mul(F.silu(gate[rows]), x[rows], out=into[rows])

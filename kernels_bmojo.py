@@ -108,26 +108,28 @@ def copy_kernels(config, save_directory: str | os.PathLike) -> None:
 def dispatch(definition: Callable, cpu: Callable | None = None) -> Callable:
     """Run the Triton kernel of this name where one fits the device, else the form for a CPU where that fits, else the definition."""
 
+    name = definition.__name__
+
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
-        name = definition.__name__
+        mode = os.environ.get("BMOJO_KERNELS", "auto")
+        if mode == "auto" and cpu is not None and x.device.type == "cpu" and _is_plain(x):  # the usual case first
+            return cpu(x, *args, **kwargs)
         if _use_kernel(name, x.device.type):
-            run = _loaded[name]
-        else:
-            run = cpu if cpu is not None and _fits_cpu_form(x) else definition
-        return run(x, *args, **kwargs)
+            return _loaded[name](x, *args, **kwargs)
+        if cpu is not None and mode != "definition" and x.device.type == "cpu" and _is_plain(x):
+            return cpu(x, *args, **kwargs)
+        return definition(x, *args, **kwargs)
 
     op.definition, op.cpu = definition, cpu  # tests compare them
     return op
 
 
-def _fits_cpu_form(x) -> bool:
-    """Whether x is a plain tensor on a CPU, and nothing looks through it: no compiler, no functional transform."""
+def _is_plain(x) -> bool:
+    """Whether nothing looks through x: no compiler, no functional transform, no subclass of tensors."""
     return (
         not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
         and type(x) in (torch.Tensor, torch.nn.Parameter)
-        and os.environ.get("BMOJO_KERNELS") != "definition"
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
     )

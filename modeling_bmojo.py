@@ -411,6 +411,9 @@ class BMojoConv1d(nn.Conv1d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, channels, conv_kernel - 1 + seq_len) to (rows, channels, seq_len)."""
+        if x.shape[2] == self.kernel_size[0]:  # one token
+            y = (x * self.weight[:, 0]).sum(2, keepdim=True)
+            return y if self.bias is None else y + self.bias[:, None]
         return causal_conv(x.transpose(1, 2), self.weight[:, 0], self.bias).transpose(1, 2)
 
 
@@ -433,7 +436,8 @@ class BMojoSSM(nn.Module):
         history = x.new_zeros(x.shape[0], size, x.shape[2]) if state is None else state["conv"]
         inputs = torch.cat([history.to(x.dtype), x], 1)
         if call.lengths is None:
-            last = inputs[:, inputs.shape[1] - size :].clone()
+            last = inputs[:, inputs.shape[1] - size :]
+            last = last.clone() if call.step is None else last  # not to keep all inputs
         else:
             last = take_rows(inputs, call.lengths[:, None] + torch.arange(size, device=x.device))
         return F.silu(self.conv1d(inputs.transpose(1, 2)).transpose(1, 2)), last
@@ -458,19 +462,19 @@ class BMojoMamba2(BMojoSSM):
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
-        z, xbc, dt = self.in_proj(u).split(
-            [self.inner, self.inner + 2 * self.grouped, self.config.mamba_num_heads], -1
-        )
+        heads, convolved = self.config.mamba_num_heads, self.inner + 2 * self.grouped
+        z, xbc, dt = self.in_proj(u).split_with_sizes([self.inner, convolved, heads], -1)
         xbc, conv = self.convolve(xbc, call, state)
-        x, B, C = xbc.split([self.inner, self.grouped, self.grouped], -1)
+        x, B, C = xbc.split_with_sizes([self.inner, self.grouped, self.grouped], -1)
         dt, A, D = self.time_step(dt, call)
-        x = x.unflatten(-1, (self.config.mamba_num_heads, self.config.mamba_head_dim))
-        B, C = (part.unflatten(-1, (self.config.n_groups, self.config.state_size)) for part in (B, C))
+        shape = u.shape[:2] if call.step is None else u.shape[:1]
+        x = x.reshape(*shape, heads, self.config.mamba_head_dim)
+        B, C = (part.reshape(*shape, self.config.n_groups, self.config.state_size) for part in (B, C))
         if call.step is None:
             y, ssm = ssd_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
         else:
-            y, ssm = ssd_step(x, dt, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
-        y = (y + D[:, None] * x).flatten(-2).to(u.dtype)
+            y, ssm = ssd_step(x, dt[:, 0], A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
+        y = torch.addcmul(y, D[:, None], x.to(y.dtype)).view(z.shape).to(u.dtype)
         return self.out_proj(self.norm(silu_gate(z, y))), {"conv": conv, "ssm": ssm}, {}
 
 
@@ -497,8 +501,11 @@ class BMojoMamba(BMojoSSM):
         if call.step is None:
             y, ssm = selective_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
         else:
-            y, ssm = selective_step(x, dt, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
-        y = (y + D * x).to(u.dtype)
+            now = (part.squeeze(1) for part in (x, dt))
+            B, C = B.squeeze(1), C.squeeze(1)
+            y, ssm = selective_step(*now, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
+            y = y[:, None]
+        y = torch.addcmul(y, D, x.to(y.dtype)).to(u.dtype)
         return self.out_proj(silu_gate(z, y)), {"conv": conv, "ssm": ssm}, {}
 
 

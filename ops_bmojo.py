@@ -139,30 +139,35 @@ def _scan_block(x, dt, A, B, C, state):
 
 
 def ssd_step(x, dt, A, B, C, state, in_place: bool = False):
-    """`ssd_scan` for one token, (batch, 1, ...); in_place overwrites the state."""
-    batch, _, num_heads, head_dim = x.shape
-    n_groups, state_size = B.shape[2:]
+    """`ssd_scan` for one token, with few operations: x (batch, num_heads, head_dim), dt (batch, num_heads), B, C (batch, n_groups, state_size).
+
+    Returns y as x and the state, which in_place overwrites.
+    """
+    batch, n_groups, state_size = B.shape
+    dtype = state.dtype
+    decay = (dt * A).exp_()[..., None, None]
+    added = (x * dt[..., None]).view(batch, n_groups, -1, 1)
+    state = state.mul_(decay) if in_place else state * decay
+    grouped = state.view(batch, n_groups, -1, state_size)
+    B, C = B[:, :, None].to(dtype), C[..., None].to(dtype)
+    grouped = grouped.addcmul_(added, B) if in_place else torch.addcmul(grouped, added, B)
     with no_autocast(x):
-        decay = (dt[:, 0] * A).exp()[..., None, None]
-        added = (x[:, 0] * dt[:, 0, :, None]).unflatten(1, (n_groups, -1))[..., None]  # (b, g, h, p, 1)
-        shape = batch, n_groups, -1, head_dim, state_size
-        B, C = B[:, 0, :, None, None].to(state.dtype), C[:, 0, :, :, None].to(state.dtype)
-        state = state.mul_(decay) if in_place else state * decay
-        grouped = state.view(shape)
-        grouped = grouped.addcmul_(added, B) if in_place else torch.addcmul(grouped, added, B)
-        y = grouped.flatten(2, 3) @ C  # (b, g, h p, 1)
-    return y.view(batch, 1, num_heads, head_dim), grouped.view(batch, num_heads, head_dim, state_size)
+        y = grouped @ C
+    return y.view(x.shape), grouped.view(state.shape)
 
 
 def selective_step(x, dt, A, B, C, state, in_place: bool = False):
-    """`selective_scan` for one token, (batch, 1, ...); in_place overwrites the state."""
+    """`selective_scan` for one token, with few operations: x, dt (batch, channels), B, C (batch, state_size).
+
+    Returns y as x and the state, which in_place overwrites.
+    """
+    decay = (dt[..., None] * A).exp_()
+    state = state.mul_(decay) if in_place else state * decay
+    added, B, C = (x * dt)[..., None], B[:, None].to(state.dtype), C[..., None].to(state.dtype)
+    state = state.addcmul_(added, B) if in_place else torch.addcmul(state, added, B)
     with no_autocast(x):
-        decay = (dt[:, 0, :, None] * A).exp()
-        state = state.mul_(decay) if in_place else state * decay
-        added, B = (x * dt)[:, 0, :, None], B.to(state.dtype)
-        state = state.addcmul_(added, B) if in_place else torch.addcmul(state, added, B)
-        y = state @ C.to(state.dtype).transpose(1, 2)  # (b, channels, 1)
-    return y.transpose(1, 2), state
+        y = torch.bmm(state, C)
+    return y.squeeze(-1), state
 
 
 def causal_conv(x, weight, bias=None):
@@ -191,9 +196,11 @@ def rms_norm(x, weight, eps: float, n_groups: int = 1):
         x: (..., size).
         weight: (size,).
     """
-    wide = x.to(at_least_float32(x)).unflatten(-1, (n_groups, -1))
+    wide = x.to(at_least_float32(x))
+    if n_groups > 1:
+        wide = wide.unflatten(-1, (n_groups, -1))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight * wide.flatten(-2)).to(x.dtype)
+    return (weight * (wide.flatten(-2) if n_groups > 1 else wide)).to(x.dtype)
 
 
 def silu_gate(gate, x):
