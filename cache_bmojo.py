@@ -169,6 +169,7 @@ class BMojoCache(Cache):
         self.max_cache_len = max_cache_len
         self.lengths: torch.Tensor | None = None
         self.seen_tokens, self.even = 0, True
+        self.steps = None, None  # the model's tables for the tokens of the current chunk, and what they hold for
         self._log: list[dict] = []
 
     # -- what the model calls ------------------------------------------------------------------------------------------
@@ -216,16 +217,16 @@ class BMojoCache(Cache):
                 the call; needed while recording.
         """
         self.even = self.even and tokens is None
-        if tokens is None:
-            tokens = torch.ones(len(self.lengths), columns, dtype=torch.bool, device=self.lengths.device)
         if self.is_recording_past() and columns:
+            if tokens is None:
+                tokens = torch.ones(len(self.lengths), columns, dtype=torch.bool, device=self.lengths.device)
             before = [layer.state for layer in self.layers]
             self._log.append({"before": before, "lengths": self.lengths, "tokens": tokens, "replays": replays})
             while len(self._log) > 1 and sum(call["tokens"].shape[1] for call in self._log) > _MAX_LOGGED_TOKENS:
                 self._log.pop(0)
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
-        self.lengths = self.lengths + tokens.sum(1).to(self.lengths.device)
+        self.lengths = self.lengths + (columns if tokens is None else tokens.sum(1).to(self.lengths.device))
         self.seen_tokens = self.seen_tokens + columns
 
     # -- the interface of transformers.Cache ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ compute the rest again.
 Legend of the shapes: as in `ops_bmojo`; r chunks in a block, q positions in a chunk.
 """
 
+import functools
 import math
 
 import torch
@@ -53,7 +54,8 @@ class _Blocked(torch.autograd.Function):
         if all(grad is None for grad in grads):  # nothing depends on the outputs
             return (None,) * (2 + ctx.count)
         with no_autocast(tensors[0]):
-            if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
+            # create_graph=True: this gradient will itself be differentiated; batched: is_grads_batched, a kind of vmap
+            if torch.is_grad_enabled() or any(map(_is_batched, grads)):
                 found = _through_definition(ctx.op, ctx.options, tensors, grads, needed)
             else:
                 found = ctx.op.backward(tensors, saved, grads, **ctx.options)
@@ -61,14 +63,21 @@ class _Blocked(torch.autograd.Function):
         return None, None, *found
 
 
+def _is_batched(grad) -> bool:
+    functorch = torch._C._functorch
+    return grad is not None and (functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad))
+
+
 def _through_definition(op, options, tensors, grads, needed):
     """Gradients that can be differentiated. Of views: where one input is made from another, its way counts outside only."""
-    tensors = [tensor.view_as(tensor) if wanted else tensor for tensor, wanted in zip(tensors, needed)]
-    outputs = op.definition(*tensors, **options)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        tensors = [tensor.view_as(tensor) if wanted else tensor for tensor, wanted in zip(tensors, needed)]
+        outputs = op.definition(*tensors, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     outputs, grads = zip(*((output, grad) for output, grad in zip(outputs, grads) if grad is not None))
     inputs = [tensor for tensor, wanted in zip(tensors, needed) if wanted]
-    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True))
+    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=create_graph, materialize_grads=True))
     return [next(found) if wanted else None for wanted in needed]
 
 
@@ -418,10 +427,8 @@ def _conv_blocks(x, seq_len):
 
 def blocked_rms_norm(x, weight, eps: float, n_groups: int = 1):
     """See `ops_bmojo.rms_norm`."""
-    if x.numel() < _SMALL and n_groups == 1 and not (x.requires_grad and torch.is_grad_enabled()):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x))
-        scale = (length * length).div_(x.shape[-1]).add_(eps).rsqrt_()
-        return (x * scale).mul_(weight).to(x.dtype)
+    if x.numel() < _SMALL:
+        return rms_norm(x, weight, eps, n_groups)
     return _run(_RMSNorm, x, weight, eps=eps, n_groups=n_groups)[0]
 
 
@@ -511,21 +518,30 @@ def blocked_prediction_error(y, history, positions, weights):
     if torch.is_grad_enabled() and weights.requires_grad:
         return prediction_error(y, history, positions, weights)
     dtype = at_least_float32(y)
-    norm = weights.to(dtype).sum() if weights.dim() == 1 else 1
+    weights = weights.to(dtype)
+    equal = weights.dim() == 1 and kernel & (kernel - 1) == 0 and bool((weights == weights[0]).all())
+    norm = weights.sum() if weights.dim() == 1 else 1
     errors = torch.empty(y.shape[:2], dtype=dtype, device=y.device)
-    length = max(kernel, _BLOCK // 4 // max(1, y.shape[0] * y.shape[2]))
-    for start in range(0, seq_len, length):
+    length = max(1, _BLOCK // 4 // max(1, y.shape[0] * y.shape[2]))
+    start = min(seq_len, max(0, kernel - int(positions[:, 0].min()))) if seq_len else 0
+    if start:  # the first tokens have a shorter past
+        errors[:, :start] = prediction_error(y[:, :start], history, positions[:, :start], weights)
+    while start < seq_len:
         block = slice(start, min(start + length, seq_len))
-        before = torch.cat([history.to(y.dtype), y[:, :start]], 1) if start < kernel else y[:, :start]
-        before, now = before[:, before.shape[1] - kernel :], y[:, block]
-        if int(positions[:, start].min()) < kernel:
-            errors[:, block] = prediction_error(now, before, positions[:, block], weights)
-            continue
-        past = torch.cat([before, now], 1).to(dtype)
-        total = past[:, kernel - 1 : -1] * weights[0].to(dtype)
-        for k in range(2, kernel + 1):
-            total.addcmul_(past[:, kernel - k : past.shape[1] - k], weights[k - 1].to(dtype))
-        errors[:, block] = torch.sub(past[:, kernel:], total.div_(norm)).square_().sum(-1)
+        past = [history.to(y.dtype)[:, start:], y[:, : block.stop]] if start < kernel else [y[:, start - kernel : block.stop]]
+        past = torch.cat(past, 1).to(dtype)
+        if equal:  # sums of 2, 4, 8, ... neighbours
+            total, width = past[:, :-1], 1
+            while width < kernel:
+                total, width = total[:, width:] + total[:, :-width], 2 * width
+            mean = total / kernel
+        else:
+            mean = past[:, kernel - 1 : -1] * weights[0]
+            for k in range(2, kernel + 1):
+                mean.addcmul_(past[:, kernel - k : past.shape[1] - k], weights[k - 1])
+            mean /= norm
+        errors[:, block] = torch.sub(past[:, kernel:], mean).square_().sum(-1)
+        start = block.stop
     return errors
 
 
@@ -596,7 +612,10 @@ class _MemoryAttention:
         (out, log_sums), dtype = saved, saved[1].dtype
         d_out = grads[0].view_as(out)
         spans = _Spans(tensors, window, chunk_size, dtype)
-        found = [None if x is None else torch.zeros_like(x, dtype=dtype) for x in tensors[:8]]
+        found = [
+            None if x is None else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+            for x in tensors[:8]
+        ]
         for block in spans.blocks():
             for span in spans.of(block):
                 o, d_o, log_sum = (span.fold(x[:, block].to(dtype)) for x in (out, d_out, log_sums))
@@ -644,6 +663,14 @@ class _Span:
             whole.view(-1, *whole.shape[2:]).index_add_(0, self.target, part.flatten(0, 1))
 
 
+@functools.lru_cache(maxsize=32)  # the same few for every layer and step
+def _age_mask(queries, keys, offset, newest, oldest, group, dtype):
+    """(group queries, keys): 0 where the age offset + query - key is in [newest, oldest)."""
+    age = offset + torch.arange(queries)[:, None] - torch.arange(keys)
+    mask = torch.zeros(queries, keys, dtype=dtype).masked_fill_((age < newest) | (age >= oldest), _UNSEEN)
+    return mask.repeat(group, 1)
+
+
 class _Spans:
     """Cuts the queries of `memory_attention` into blocks and finds the keys of each."""
 
@@ -656,7 +683,6 @@ class _Spans:
         self.query, self.eidetic_query = (
             None if x is None else x.unflatten(2, (self.kv_heads, -1)) for x in (query, eidetic_query)
         )
-        self.masks = {}
         if self.memory is not None:
             filled = self.memory >= 0
             self.any_filled, self.all_filled = filled.any(2).any(0).tolist(), filled.all(2).all(0).tolist()
@@ -686,24 +712,14 @@ class _Spans:
         keys = slice(max(0, block.start + before - oldest + 1), block.stop + before - newest)
         if keys.stop <= keys.start:
             return None
-        mask = self.mask(block.stop - block.start, block.start + before - keys.start, keys.stop - keys.start, newest, oldest)
+        shape = block.stop - block.start, keys.stop - keys.start
+        mask = _age_mask(*shape, block.start + before - keys.start, newest, oldest, self.group, at_least_float32(query))
         if self.past is not None and int(self.past.min()) < before - keys.start:
             slots = torch.arange(keys.start, keys.stop, device=key.device)
             missing = (slots < before - self.past[:, None])[:, None, None]
             mask = mask.expand(len(missing), 1, *mask.shape).masked_fill(missing, _UNSEEN)
         key, value = key[:, keys].to(self.dtype), value[:, keys].to(self.dtype)
         return _Span(place, query, key, value, mask, keys)
-
-    def mask(self, queries, offset, keys, newest, oldest):
-        """(group queries, keys): 0 where the age offset + query - key is in [newest, oldest)."""
-        which = queries, offset, keys, newest
-        if which not in self.masks:
-            device = self.query.device
-            age = offset + torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
-            mask = torch.zeros(queries, keys, dtype=at_least_float32(self.query), device=device)
-            mask.masked_fill_((age < newest) | (age >= oldest), _UNSEEN)
-            self.masks[which] = mask.repeat(self.group, 1)
-        return self.masks[which]
 
     def eidetic(self, block):
         """The memories of the block's chunks, gathered."""

@@ -1,8 +1,10 @@
 """B'MOJO in transformers: layers that answer each token from a window, a fading and an eidetic memory (arXiv 2407.06324)."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ from .kernels_bmojo import (
     ssd_scan,
 )
 from .layout_bmojo import PackedLayout, Rows, read_layout, read_mask
-from .numerics_bmojo import at_least_float32
+from .numerics_bmojo import at_least_float32, widen
 from .ops_bmojo import (
     hash_scores,
     predict,
@@ -88,8 +90,9 @@ class Step:
 
     Attributes:
         index: by layer type the slots that the token is written to, one of every ring, (rows, 1, rings, 1) int64.
-        mask: by layer type what is added to the scores of all slots, (rows * kv heads, 1, slots): 0 or -inf.
-        cos, sin: for queries, queries of the eidetic memory and keys, side by side as heads, (rows, 1, heads, head_dim).
+        mask: by layer type what is added to the scores of all slots, (rows or rows * kv heads, 1, slots): 0 or -inf.
+        cos, sin: for queries, queries of the eidetic memory and keys, side by side as heads, (rows, 1, heads, head_dim);
+            times the scale of the scores for queries.
         predictor: weights of the outputs in `history` for the prediction of this one, (rows, 1, innovation_kernel).
         boundary: rows that begin a chunk, (rows, 1) bool; None where none does.
     """
@@ -100,6 +103,13 @@ class Step:
     sin: torch.Tensor
     predictor: torch.Tensor
     boundary: torch.Tensor | None
+
+    def row(self, number: int, rows: int) -> "Step":
+        """The step of one of the rows, for `rows` rows that are all as far."""
+        own = slice(number, number + 1)
+        index = {name: part[own].expand(rows, -1, -1, -1) for name, part in self.index.items()}
+        mask = {name: part[own] for name, part in self.mask.items()}
+        return Step(index, mask, self.cos[own], self.sin[own], self.predictor[own].expand(rows, -1, -1), None)
 
 
 @dataclass
@@ -114,6 +124,7 @@ class Call:
         cos, sin: the table at `positions`.
         scaling: the factor that is on them (attention scaling of YaRN; 1 else).
         in_place: states may be overwritten: no gradient is recorded and nothing will be rolled back.
+        any_mode: whether torch lets this call write what was made in inference mode.
         fixed_columns: the keys of `full_attention` have all their room already (`max_cache_len`).
         phase: how far into its chunk a row is before the call, (rows, 1) int64; None without past.
         lead: the largest phase, or chunk - 1 where asking would stop a GPU or a compiler.
@@ -128,6 +139,7 @@ class Call:
     sin: torch.Tensor
     scaling: float
     in_place: bool
+    any_mode: bool
     fixed_columns: bool
     phase: torch.Tensor | None
     lead: int
@@ -178,13 +190,11 @@ class Call:
 
     def may_overwrite(self, state: torch.Tensor) -> bool:
         """Whether a tensor of the cache may be written in place: no open graph needs it as it is."""
-        if not self.in_place or state.requires_grad:
-            return False  # filled in inference mode, continued outside: torch would refuse
-        return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not state.is_inference()
+        return self.in_place and not state.requires_grad and (self.any_mode or not state.is_inference())
 
     def put(self, state: torch.Tensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """The state with `new` scattered at `index` along `dim`, for rows that have a token."""
-        new = new.to(state.dtype)
+        new = new if new.dtype is state.dtype else new.to(state.dtype)
         if self.lengths is not None:
             wanted = (self.lengths > 0).view(-1, *[1] * (state.dim() - 1))
             new = torch.where(wanted, new, state.gather(dim, index))
@@ -307,13 +317,27 @@ def predictor_weights(config, dtype, device) -> torch.Tensor:
     return torch.ones_like(ages)
 
 
-def make_step(config, call: Call, like: torch.Tensor, boundary: torch.Tensor | None) -> Step:
-    """Work out a `Step` for a call of one token; `like` gives dtype and device."""
-    dtype, device = at_least_float32(like), like.device
-    position, rows = call.past[:, None], len(call.past)
+def step_plan(config) -> SimpleNamespace:
+    """What `make_step` reads of the configuration, whose own attributes are slow to read."""
+    names = (
+        "sliding_window eidetic_size eidetic_chunk_size eidetic_position fading_span innovation_kernel "
+        "innovation_predictor num_attention_heads num_key_value_heads head_dim"
+    )
+    plan = SimpleNamespace(**{name: getattr(config, name) for name in names.split()})
+    kinds = sorted(set(config.layers_block_type) & {"sliding_attention", "bmojo"})
+    plan.slots = {layer_type: memory_slots(config, layer_type) for layer_type in kinds}
+    return plan
+
+
+def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float) -> Step:
+    """Work out a `Step`, but for its boundary, for rows that have seen `past` (rows,) tokens.
+
+    config is a `step_plan`, `like` gives dtype and device, table and scaling are those of `Call`.
+    """
+    dtype, device = at_least_float32(like), past.device
+    position, rows = past[:, None], len(past)
     index, mask = {}, {}
-    for layer_type in set(config.layers_block_type) & {"sliding_attention", "bmojo"}:
-        slots = memory_slots(config, layer_type)
+    for layer_type, slots in config.slots.items():
         written, visible = [], []
         for span, newest in (("window", 0), ("fading", config.sliding_window)):
             if span in slots:
@@ -326,18 +350,23 @@ def make_step(config, call: Call, like: torch.Tensor, boundary: torch.Tensor | N
             visible.append(torch.arange(config.eidetic_size, 0, -1, device=device) <= begun)
         index[layer_type] = torch.cat(written, 1)[:, None, :, None]
         unseen = torch.zeros(1, dtype=dtype, device=device).masked_fill(~torch.cat(visible, 1), -torch.inf)
-        mask[layer_type] = unseen.repeat_interleave(config.num_key_value_heads, 0)[:, None]
+        mask[layer_type] = unseen[:, None]
 
     queries, keys = config.num_attention_heads, config.num_key_value_heads * (2 if config.fading_span else 1)
     at = [position.expand(rows, queries), position.expand(rows, keys)]
     if config.eidetic_size:
         at.insert(1, torch.full_like(at[0], 2 * config.sliding_window))
-    cos, sin = call.table(torch.cat(at, 1)[:, None])
+    cos, sin = table(torch.cat(at, 1)[:, None])
+    factor = torch.ones(cos.shape[2], 1, dtype=dtype, device=device)
+    factor[: cos.shape[2] - keys] = config.head_dim**-0.5
+    if config.eidetic_size and config.eidetic_position == "constant":
+        factor[queries : 2 * queries] *= scaling  # as `eidetic_key`
+    cos, sin = cos * factor, sin * factor
 
     ages = torch.arange(config.innovation_kernel, 0, -1, device=device)  # the oldest comes first
     weights = predictor_weights(config, dtype, device).flip(0) * (ages <= position)
     total = weights.sum(-1, keepdim=True)
-    return Step(index, mask, cos, sin, (weights / torch.where(total > 0, total, 1))[:, None], boundary)
+    return Step(index, mask, cos, sin, (weights / torch.where(total > 0, total, 1))[:, None], None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,10 +383,13 @@ class BMojoRMSNorm(nn.Module):
         self.eps, self.n_groups = eps, n_groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, self.n_groups)
+        form = rms_norm if x.shape[1] > 1 else rms_norm.definition  # choosing would cost a single token as much
+        return form(x, self.weight, self.eps, self.n_groups)
 
 
 class BMojoMLP(nn.Module):
+    block = 512  # tokens that a CPU takes at once where no gradient is recorded: what lies between stays near the cache
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -366,8 +398,13 @@ class BMojoMLP(nn.Module):
         self.act_fn, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act in ("silu", "swish")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu" and x.shape[1] > self.block and not torch.is_grad_enabled():
+            return torch.cat([self._forward(part) for part in x.split(self.block, 1)], 1)
+        return self._forward(x)
+
+    def _forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(silu_gate(gate, up) if self.is_silu else self.act_fn(gate) * up)
+        return self.down_proj(silu_gate(gate, up) if self.is_silu and x.shape[1] > 1 else self.act_fn(gate) * up)
 
 
 class BMojoDynamics(nn.Module):
@@ -380,18 +417,18 @@ class BMojoDynamics(nn.Module):
         else:
             channels = config.expand * config.hidden_size
             decays = (channels, config.state_size)
-        self.kind, self.config = kind, config
+        self.kind, self.config, self.limit = kind, config, config.time_step_limit
         self.A_log = nn.Parameter(torch.zeros(decays))
         self.D = nn.Parameter(torch.ones(channels))
         self.dt_bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, dt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """From the raw dt (..., channels) to the time step, A and D, all in float32 or wider."""
-        dtype = at_least_float32(dt, self.A_log)
-        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
-        if self.config.time_step_limit is not None:
-            dt = dt.clamp(*self.config.time_step_limit)
-        return dt, -self.A_log.to(dtype).exp(), self.D.to(dtype)
+        dt, A_log, D, bias = widen(dt), widen(self.A_log), widen(self.D), widen(self.dt_bias)
+        dt = F.softplus(dt + bias)
+        if self.limit is not None:
+            dt = dt.clamp(*self.limit)
+        return dt, -A_log.exp(), D
 
     def initialise(self):
         """The papers' distributions: dt log-uniform in [time_step_min, time_step_max], A as in Mamba or Mamba2."""
@@ -412,8 +449,10 @@ class BMojoConv1d(nn.Conv1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, channels, conv_kernel - 1 + seq_len) to (rows, channels, seq_len)."""
         if x.shape[2] == self.kernel_size[0]:  # one token
-            y = (x * self.weight[:, 0]).sum(2, keepdim=True)
-            return y if self.bias is None else y + self.bias[:, None]
+            x, weight = x.transpose(0, 1), self.weight.transpose(1, 2)  # a product for every channel
+            if self.bias is None:
+                return torch.bmm(x, weight).transpose(0, 1)
+            return torch.baddbmm(self.bias[:, None, None], x, weight).transpose(0, 1)
         return causal_conv(x.transpose(1, 2), self.weight[:, 0], self.bias).transpose(1, 2)
 
 
@@ -423,6 +462,7 @@ class BMojoSSM(nn.Module):
     def __init__(self, config, projected: int, convolved: int, inner: int, kind: str):
         super().__init__()
         self.config = config
+        self.taps, self.chunk_size = config.conv_kernel, config.chunk_size
         self.in_proj = nn.Linear(config.hidden_size, projected, bias=config.use_bias)
         self.conv1d = BMojoConv1d(
             convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
@@ -432,7 +472,7 @@ class BMojoSSM(nn.Module):
 
     def convolve(self, x, call: Call, state):
         """silu(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
-        size = self.config.conv_kernel - 1
+        size = self.taps - 1
         history = x.new_zeros(x.shape[0], size, x.shape[2]) if state is None else state["conv"]
         inputs = torch.cat([history.to(x.dtype), x], 1)
         if call.lengths is None:
@@ -453,6 +493,7 @@ class BMojoMamba2(BMojoSSM):
     """Mamba2's mixer (arXiv 2405.21060): a complete layer from (rows, seq_len, hidden_size) to the same."""
 
     def __init__(self, config):
+        self.heads, self.groups = (config.mamba_num_heads, config.mamba_head_dim), (config.n_groups, config.state_size)
         self.inner = config.mamba_num_heads * config.mamba_head_dim
         self.grouped = config.n_groups * config.state_size
         convolved = self.inner + 2 * self.grouped
@@ -462,20 +503,19 @@ class BMojoMamba2(BMojoSSM):
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
-        heads, convolved = self.config.mamba_num_heads, self.inner + 2 * self.grouped
-        z, xbc, dt = self.in_proj(u).split_with_sizes([self.inner, convolved, heads], -1)
+        sizes = [self.inner, self.inner + 2 * self.grouped, self.heads[0]]
+        z, xbc, dt = self.in_proj(u).split_with_sizes(sizes, -1)
         xbc, conv = self.convolve(xbc, call, state)
         x, B, C = xbc.split_with_sizes([self.inner, self.grouped, self.grouped], -1)
         dt, A, D = self.time_step(dt, call)
         shape = u.shape[:2] if call.step is None else u.shape[:1]
-        x = x.reshape(*shape, heads, self.config.mamba_head_dim)
-        B, C = (part.reshape(*shape, self.config.n_groups, self.config.state_size) for part in (B, C))
+        x, B, C = x.reshape(*shape, *self.heads), B.reshape(*shape, *self.groups), C.reshape(*shape, *self.groups)
         if call.step is None:
-            y, ssm = ssd_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
+            y, ssm = ssd_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.chunk_size)
         else:
             y, ssm = ssd_step(x, dt[:, 0], A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
-        y = torch.addcmul(y, D[:, None], x.to(y.dtype)).view(z.shape).to(u.dtype)
-        return self.out_proj(self.norm(silu_gate(z, y))), {"conv": conv, "ssm": ssm}, {}
+        y = torch.addcmul(y, D[:, None], x.to(y.dtype)).reshape(z.shape).to(u.dtype)
+        return self.out_proj(self.norm(silu_gate(z, y) if call.step is None else F.silu(z) * y)), {"conv": conv, "ssm": ssm}, {}
 
 
 class BMojoTimeStepProjection(nn.Linear):
@@ -488,6 +528,7 @@ class BMojoMamba(BMojoSSM):
     def __init__(self, config):
         inner = config.expand * config.hidden_size
         super().__init__(config, 2 * inner, inner, inner, "mamba")
+        self.sizes = [config.time_step_rank, config.state_size, config.state_size]
         self.x_proj = nn.Linear(inner, config.time_step_rank + 2 * config.state_size, bias=False)
         self.dt_proj = BMojoTimeStepProjection(config.time_step_rank, inner, bias=False)
 
@@ -495,18 +536,17 @@ class BMojoMamba(BMojoSSM):
         """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
         x, z = self.in_proj(u).chunk(2, -1)
         x, conv = self.convolve(x, call, state)
-        sizes = [self.config.time_step_rank, self.config.state_size, self.config.state_size]
-        dt, B, C = self.x_proj(x).split(sizes, -1)
+        dt, B, C = self.x_proj(x).split_with_sizes(self.sizes, -1)
         dt, A, D = self.time_step(self.dt_proj(dt), call)
         if call.step is None:
-            y, ssm = selective_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.config.chunk_size)
+            y, ssm = selective_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.chunk_size)
         else:
             now = (part.squeeze(1) for part in (x, dt))
             B, C = B.squeeze(1), C.squeeze(1)
             y, ssm = selective_step(*now, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
             y = y[:, None]
         y = torch.addcmul(y, D, x.to(y.dtype)).to(u.dtype)
-        return self.out_proj(silu_gate(z, y)), {"conv": conv, "ssm": ssm}, {}
+        return self.out_proj(silu_gate(z, y) if call.step is None else F.silu(z) * y), {"conv": conv, "ssm": ssm}, {}
 
 
 SSM_CLASSES = {"mamba": BMojoMamba, "mamba2": BMojoMamba2}
@@ -534,10 +574,10 @@ class BMojoAttention(nn.Module):
         )
         self.q_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.scale = config.head_dim**-0.5
+        self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
 
     def heads(self, x):
-        return x.unflatten(-1, (-1, self.config.head_dim))
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
@@ -633,29 +673,26 @@ class BMojoWindowAttention(BMojoAttention):
         return {name: call.put(state[name], 2, index, token.transpose(1, 2)) for name, token in tokens.items()}
 
     def attend_to_cache(self, state, call: Call, query, eidetic_query=None):
-        """The mix of values for one query of each row, (rows, 1, heads, head_dim)."""
+        """The mix of values for one query of each row, (rows, 1, heads, head_dim); queries are scaled already."""
         rows, _, heads, head_dim = query.shape
-        key, value = state["key"].to(query.dtype).flatten(0, 1), state["value"].to(query.dtype).flatten(0, 1)
-        mask = call.step.mask[self.layer_type]
-
-        def scores(query, key, mask):
-            query = query.reshape(len(key), -1, head_dim)
-            return torch.baddbmm(mask.to(query.dtype), query, key.transpose(1, 2), alpha=self.scale)
-
+        key, value, mask = state["key"], state["value"], call.step.mask[self.layer_type]
+        if key.dtype is not query.dtype:
+            key, value = key.to(query.dtype), value.to(query.dtype)
+        key, value, shape = key.flatten(0, 1), value.flatten(0, 1), (-1, heads // key.shape[1], head_dim)
         if eidetic_query is None:
-            found = scores(query, key, mask)
-        else:
+            scores = torch.bmm(query.reshape(shape), key.transpose(1, 2))
+        else:  # two products of few queries with many keys: cheaper than one of twice the queries
             memory = self.slots["eidetic"]
-            eidetic_key = self.eidetic_key(self.in_cache(state, "key", "eidetic").to(query.dtype), call)
-            found = torch.cat(
-                [
-                    scores(query, key[:, : memory.start], mask[..., : memory.start]),
-                    scores(eidetic_query, eidetic_key.transpose(1, 2).flatten(0, 1), mask[..., memory]),
-                ],
-                -1,
-            )
-        weights = found.softmax(-1, dtype=at_least_float32(query)).to(value.dtype)
-        return (weights @ value).view(rows, 1, heads, head_dim)
+            eidetic_key = key[:, memory]
+            if self.ranked:
+                eidetic_key = self.in_cache(state, "key", "eidetic").to(query.dtype)
+                eidetic_key = self.eidetic_key(eidetic_key, call).transpose(1, 2).flatten(0, 1)
+            near = torch.bmm(query.reshape(shape), key[:, : memory.start].transpose(1, 2))
+            far = torch.bmm(eidetic_query.reshape(shape), eidetic_key.transpose(1, 2))
+            scores = torch.cat([near, far], -1)
+        weights = (scores + mask).softmax(-1)
+        weights = weights if weights.dtype is value.dtype else weights.to(value.dtype)
+        return torch.bmm(weights, value).view(rows, 1, heads, head_dim)
 
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
@@ -664,7 +701,7 @@ class BMojoWindowAttention(BMojoAttention):
         value = self.heads(self.v_proj(u))
         if call.step is not None:
             state = self.put(state, call, key, value)
-            mixed = self.attend_to_cache(state, call, query)
+            mixed = self.attend_to_cache(state, call, query * self.scale)
         else:
             past = 0 if call.past is None else call.past[:, None]
             window = self.with_past((key, value), "window", call, state, past, self.window - 1, call.seq_len)
@@ -686,6 +723,8 @@ class BMojoMixer(BMojoWindowAttention):
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.memory, self.chunk = config.eidetic_size, config.eidetic_chunk_size
+        self.fades, self.tied = config.fading_span, config.tie_attn_weights
+        self.ranked = config.eidetic_position == "rank"
         self.fading = SSM_CLASSES[config.ssm_type](config)
         if config.fading_span and not config.tie_attn_weights:
             kv_size = config.num_key_value_heads * config.head_dim
@@ -714,8 +753,16 @@ class BMojoMixer(BMojoWindowAttention):
 
     # -- innovation ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def innovation(self, y, call: Call, state) -> dict[str, torch.Tensor]:
+        """As `full_innovation`, with few operations for the usual single token."""
+        if call.step is None or torch.is_grad_enabled() or "history" not in state or hasattr(self, "predictor"):
+            return self.full_innovation(y, call, state)
+        expected = torch.bmm(call.step.predictor, widen(state["history"]))
+        error = torch.linalg.vector_norm(widen(y) - expected, dim=-1).square_().nan_to_num_(-1, torch.inf)
+        return {"innovation": error if call.lengths is None else error.masked_fill(~call.real(), -torch.inf)}
+
+    @torch.no_grad()
+    def full_innovation(self, y, call: Call, state) -> dict[str, torch.Tensor]:
         """How badly each output was predicted, (rows, seq_len) in float32 or wider; -inf where there is no token."""
         choice, dtype = self.config.innovation_predictor, at_least_float32(y)
         found = {}
@@ -749,14 +796,14 @@ class BMojoMixer(BMojoWindowAttention):
 
     def attend_single(self, u, y, innovation, call: Call, state):
         """The mix for one token of each row, what of the state attention keeps, and the memory of the token's chunk."""
-        step, config = call.step, self.config
+        step = call.step
         query = self.q_norm(self.heads(self.q_proj(u)))
-        if config.fading_span and config.tie_attn_weights:  # one product for both
+        if self.fades and self.tied:  # one product for both
             both = torch.cat([u, y], 1)
             key, value = self.k_proj(both), self.v_proj(both)
         else:
             key, value = self.k_proj(u), self.v_proj(u)
-            if config.fading_span:
+            if self.fades:
                 key = torch.cat([key, self.fading_k_proj(y)], 1)
                 value = torch.cat([value, self.fading_v_proj(y)], 1)
         key, value = self.k_norm(self.heads(key)), self.heads(value)
@@ -803,13 +850,13 @@ class BMojoMixer(BMojoWindowAttention):
         """The mix for all tokens, what of the state attention keeps ({} without cache), and the memories of all chunks."""
         query, key = self.q_norm(self.heads(self.q_proj(u))), self.k_norm(self.heads(self.k_proj(u)))
         spans = {"window": (rotate(key, call.cos, call.sin), self.heads(self.v_proj(u)))}
-        if self.config.fading_span:
+        if self.fades:
             spans["fading"] = self.fading_tokens(y, call)
         base = 0 if call.past is None else call.past[:, None] - call.phase
         length = call.seq_len + call.lead
         window = self.with_past(spans["window"], "window", call, state, base, self.window - 1, length)
         fading = (None, None)
-        if self.config.fading_span:
+        if self.fades:
             fading = self.with_past(spans["fading"], "fading", call, state, base, 2 * self.window - 1, length)
         eidetic, kept, positions = [None] * 4, {}, None
         if self.memory:
@@ -835,14 +882,14 @@ class BMojoMixer(BMojoWindowAttention):
 
     def fading_tokens(self, y, call: Call):
         """Keys (rotated) and values of the SSM's outputs."""
-        tied = self.config.tie_attn_weights
+        tied = self.tied
         key = (self.k_proj if tied else self.fading_k_proj)(y)
         value = (self.v_proj if tied else self.fading_v_proj)(y)
         return rotate(self.k_norm(self.heads(key)), call.cos, call.sin), self.heads(value)
 
     def eidetic_key(self, key, call: Call):
         """Keys of a memory (..., eidetic_size, kv heads, head_dim), turned back by their rank where that counts."""
-        if self.config.eidetic_position == "constant":
+        if not self.ranked:
             return key if call.scaling == 1 else key * call.scaling
         ranks = torch.arange(self.memory, 0, -1, device=key.device)  # the last place holds the newest: rank 1
         return rotate(key, *call.table(-ranks))
@@ -897,7 +944,7 @@ class BMojoMixer(BMojoWindowAttention):
 
     def eidetic_entries(self, entries, memory, call: Call):
         """Keys, values and the memories' places in them, as attention wants them."""
-        if self.config.eidetic_position == "constant":
+        if not self.ranked:
             return self.eidetic_key(entries["key"], call), entries["value"], memory
         chosen = (take_rows(entries[name], memory.flatten(1).clamp(min=0)) for name in ("key", "value"))
         key, value = (x.unflatten(1, memory.shape[1:]) for x in chosen)  # a key turns with its rank, memory by memory
@@ -1015,7 +1062,7 @@ class BMojoModel(BMojoPreTrainedModel):
     """The stack of layers, from token ids to normalised hidden states."""
 
     prefill_piece = (
-        1024  # tokens: on a CPU 32768 take half the time or less, and a seventh of the memory, of one piece
+        2048  # tokens: on a CPU 32768 take half the time or less, and a seventh of the memory, of one piece
     )
 
     def __init__(self, config: BMojoConfig):
@@ -1024,6 +1071,8 @@ class BMojoModel(BMojoPreTrainedModel):
         self.layers = nn.ModuleList([BMojoDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.plan, self.chunk = step_plan(config), config.eidetic_chunk_size
+        self.layer_types = list(config.layers_block_type)
         self.post_init()
 
     def forward(
@@ -1155,7 +1204,7 @@ class BMojoModel(BMojoPreTrainedModel):
                 cache.store(states, piece.shape[1], read, replays)
             parts.append(hidden_states)
             start += piece.shape[1]
-        return torch.cat(parts, 1), kept, memories
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1), kept, memories
 
     def _call(self, like, seq_len: int, lengths=None, cache=None, past=None) -> Call:
         """What the layers share.
@@ -1180,15 +1229,19 @@ class BMojoModel(BMojoPreTrainedModel):
         phase, lead = None, 0
         if past is not None:
             positions = positions + past[:, None]
-            phase, lead = past[:, None] % self.config.eidetic_chunk_size, self.config.eidetic_chunk_size - 1
+            phase, lead = past[:, None] % self.chunk, self.chunk - 1
             if cache.even:
-                lead = cache.seen_tokens % self.config.eidetic_chunk_size
+                lead = cache.seen_tokens % self.chunk
             elif not torch.compiler.is_compiling() and like.device.type == "cpu":
                 lead = int(phase.max())
         in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
         fixed_columns = cache is not None and cache.max_cache_len is not None
+        any_mode = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
         cos, sin = table(positions)
-        call = Call(past, lengths, positions, table, cos, sin, scaling, in_place, fixed_columns, phase, lead, None)
+        call = Call(
+            *(past, lengths, positions, table, cos, sin, scaling, in_place, any_mode, fixed_columns, phase, lead),
+            step=None,
+        )
         if past is not None and seq_len == 1:
             boundary = phase == 0
             if lengths is not None:  # a row without a new token stays before its boundary
@@ -1196,8 +1249,25 @@ class BMojoModel(BMojoPreTrainedModel):
             if not torch.compiler.is_compiling() and (cache.even or like.device.type == "cpu"):
                 begins = lead == 0 if cache.even else bool(boundary.any())
                 boundary = boundary if begins else None
-            call.step = make_step(self.config, call, like, boundary)
+            call.step = self._step(call, like, cache)
+            call.step.boundary = boundary
         return call
+
+    def _step(self, call: Call, like, cache) -> Step:
+        """The step of a single token; those of a whole chunk are worked out together where all rows are as far."""
+        rows, seen = len(call.past), cache.seen_tokens
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not cache.even:
+            step = make_step(self.plan, call.past, like, call.table, call.scaling)
+            for name, mask in step.mask.items():
+                step.mask[name] = mask.repeat_interleave(self.plan.num_key_value_heads, 0)
+            return step
+        start = seen - seen % self.chunk
+        which = start, like.dtype, like.device, torch.is_inference_mode_enabled()
+        if cache.steps[0] != which:
+            past = torch.arange(start, start + self.chunk, device=like.device)
+            cache.steps = which, make_step(self.plan, past, like, call.table, call.scaling)
+        return cache.steps[1].row(seen - start, rows)
+
 
     def _run_layers(self, hidden_states, call: Call, cache, keep_hidden: bool):
         """Hidden states, the inputs of all layers if kept, what they remembered, their states, and how to replay them."""
@@ -1210,7 +1280,7 @@ class BMojoModel(BMojoPreTrainedModel):
                 kept.append(hidden_states)
             state = None
             if cache is not None:
-                state = cache.layer_state(layer_idx, self.config.layers_block_type[layer_idx], hidden_states)
+                state = cache.layer_state(layer_idx, self.layer_types[layer_idx], hidden_states)
                 if cache.is_recording_past():
                     replays.append(partial(_replay, layer, hidden_states.detach(), call, state))
             hidden_states, state, memory = layer(hidden_states, call, state)
@@ -1254,12 +1324,18 @@ def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kw
         )
 
 
+@functools.lru_cache(maxsize=8)
+def _default_frequencies(theta: float, head_dim: int) -> torch.Tensor:
+    with torch.inference_mode(False):  # where a first call may be, and a later one not
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+        return torch.tensor(theta, dtype=torch.float64, device="cpu") ** -exponents
+
+
 def rotary_frequencies(config) -> tuple[torch.Tensor, float]:
     """inv_freq (head_dim / 2,) and the factor on cos and sin, from the config at use: no buffer that a cast could round."""
     parameters = config.rope_parameters
     if parameters["rope_type"] == "default":
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-        return torch.tensor(float(parameters["rope_theta"]), dtype=torch.float64) ** -exponents, 1.0
+        return _default_frequencies(float(parameters["rope_theta"]), config.head_dim), 1.0
     return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
 
 

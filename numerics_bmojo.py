@@ -9,11 +9,19 @@ def at_least_float32(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype in which states, errors and softmax are computed: float32, or float64 where an input is."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype is not dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 or wider."""
+    return x if x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
 
 
 def no_autocast(x: torch.Tensor):
     """A context in which autocast does not turn float32 matrix products into bfloat16."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .numerics_bmojo import at_least_float32, no_autocast
+from .numerics_bmojo import at_least_float32, no_autocast, widen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def selective_scan(x, dt, A, B, C, initial_state=None, chunk_size: int = 64):
         for start in range(0, seq_len, block):
             cut = slice(start, start + block)
             inputs = x[:, cut], dt[:, cut], A, B[:, cut], C[:, cut], state
-            if torch.is_grad_enabled() and seq_len > block:
+            if torch.is_grad_enabled() and seq_len > block and not torch._C._are_functorch_transforms_active():
                 y, state = checkpoint(_scan_block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 y, state = _scan_block(*inputs)
@@ -149,10 +149,12 @@ def ssd_step(x, dt, A, B, C, state, in_place: bool = False):
     added = (x * dt[..., None]).view(batch, n_groups, -1, 1)
     state = state.mul_(decay) if in_place else state * decay
     grouped = state.view(batch, n_groups, -1, state_size)
-    B, C = B[:, :, None].to(dtype), C[..., None].to(dtype)
+    B, C = B[:, :, None], C[..., None]
+    if B.dtype is not dtype:
+        B, C = B.to(dtype), C.to(dtype)
     grouped = grouped.addcmul_(added, B) if in_place else torch.addcmul(grouped, added, B)
     with no_autocast(x):
-        y = grouped @ C
+        y = torch.bmm(grouped.flatten(0, 1), C.flatten(0, 1))
     return y.view(x.shape), grouped.view(state.shape)
 
 
@@ -196,11 +198,11 @@ def rms_norm(x, weight, eps: float, n_groups: int = 1):
         x: (..., size).
         weight: (size,).
     """
-    wide = x.to(at_least_float32(x))
-    if n_groups > 1:
-        wide = wide.unflatten(-1, (n_groups, -1))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight * (wide.flatten(-2) if n_groups > 1 else wide)).to(x.dtype)
+    wide = widen(x) if n_groups == 1 else widen(x).unflatten(-1, (n_groups, -1))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    normed = wide * length.square().mul(1 / wide.shape[-1]).add(eps).rsqrt()
+    normed = (normed if n_groups == 1 else normed.flatten(-2)) * weight
+    return normed if normed.dtype is x.dtype else normed.to(x.dtype)
 
 
 def silu_gate(gate, x):
@@ -321,8 +323,9 @@ def rotate(x, cos, sin):
     """
     if cos.dim() < x.dim():
         cos, sin = cos[..., None, :], sin[..., None, :]
-    wide = x.to(at_least_float32(x))
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    wide = widen(x)
+    turned = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
+    return turned if turned.dtype is x.dtype else turned.to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

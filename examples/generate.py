@@ -6,7 +6,7 @@ Commands:
     python examples/generate.py --prompt-file story.txt --max-new-tokens 50 --show-memory
 
 ``--show-memory`` prints, for every bmojo layer, the tokens that had left the window and that the layer still holds exactly
-at the end of the text. A text no longer than the window has none.
+at the end of the text. A text no longer than the window has none. A long prompt is read with a progress bar on stderr.
 """
 
 import argparse
@@ -14,7 +14,28 @@ from pathlib import Path
 
 import torch
 from common import ROOT, load_model
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+
+LONG = 4096  # tokens: seconds of reading, during which a reader wants to see something move
+
+
+@torch.no_grad()
+def read_ahead(model: PreTrainedModel, ids: torch.Tensor):
+    """Read all but the end of a long text (1, seq_len) into a cache, under a progress bar; None of a short text.
+
+    The pieces are those in which the model itself would read the text, so what follows is the same to the last bit.
+    """
+    if ids.shape[1] <= LONG:
+        return None
+    *pieces, _ = ids.split(model.model.prefill_piece, dim=1)
+    cache = None
+    with tqdm(total=sum(piece.shape[1] for piece in pieces), unit=" tokens", unit_scale=True, desc="reading") as bar:
+        for piece in pieces:
+            cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            bar.update(piece.shape[1])
+    return cache
 
 
 def group_runs(positions: list[int]) -> list[tuple[int, int]]:
@@ -40,7 +61,9 @@ def mark_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], positions: l
 @torch.inference_mode()
 def kept_positions(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, list[int]]:
     """Return, for every bmojo layer, the positions in its eidetic memory at the last token of ``ids`` (1, seq_len)."""
-    memories = model(ids, output_eidetic=True, use_cache=False, logits_to_keep=1).eidetic_positions
+    cache = read_ahead(model, ids)
+    rest = ids if cache is None else ids[:, cache.get_seq_length() :]
+    memories = model(rest, past_key_values=cache, output_eidetic=True, logits_to_keep=1).eidetic_positions
     last_chunks = {layer: memory[0, -1] for layer, memory in enumerate(memories) if memory is not None}
     return {layer: positions[positions >= 0].tolist() for layer, positions in last_chunks.items()}
 
@@ -89,7 +112,8 @@ def main():
     if not args.greedy:
         choice = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=streamer, **choice)
+    choice |= {"past_key_values": read_ahead(model, inputs["input_ids"]), "max_new_tokens": args.max_new_tokens}
+    ids = model.generate(**inputs, streamer=streamer, **choice)
     if args.show_memory:
         print_memory(model, tokenizer, ids)
 
