@@ -415,7 +415,7 @@ class _CausalConv:
 
 
 def _conv_blocks(x, seq_len):
-    length = max(1, _BLOCK // 4 // max(1, x.shape[0] * x.shape[2]))
+    length = max(1, _BLOCK // 2 // max(1, x.shape[0] * x.shape[2]))
     for start in range(0, seq_len, length):
         yield slice(start, min(start + length, seq_len))
 
@@ -502,7 +502,7 @@ def _in_groups(n_groups, *tensors):
 
 
 def _row_blocks(x):
-    length = max(1, _BLOCK // 4 // max(1, x[0].numel()))
+    length = max(1, _BLOCK // 2 // max(1, x[0].numel()))
     for start in range(0, len(x), length):
         yield slice(start, start + length)
 
@@ -574,7 +574,8 @@ def blocked_memory_attention(
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _UNSEEN = -1e30  # added to a score; of -inf alone torch's kernel would give 0 as the logarithm of the sum
-_QUERIES = 128  # in a block: more waste keys that few of them see, fewer leave the kernel too little to do
+_QUERIES = 128  # in a block, which share their keys: more waste keys that few of them see, fewer waste calls
+_RUN = 1024  # where every query has all its keys behind it, so many go into one call, half a block sharing its keys
 
 
 class _MemoryAttention:
@@ -592,9 +593,9 @@ class _MemoryAttention:
         spans = _Spans(tensors, window, chunk_size)
         out = query.new_empty(*query.shape[:2], spans.kv_heads, spans.group, query.shape[3], dtype=value.dtype)
         log_sums = out.new_empty(out.shape[:-1], dtype=at_least_float32(query))
-        for block in spans.blocks():
+        for block, runs in spans.blocks():
             parts, sums = [], []
-            for span in spans.of(block):
+            for span in spans.of(block, runs):
                 part, log_sum = _flash(*span.inputs, 0.0, False, attn_mask=span.mask, scale=scale)
                 parts.append(span.unfold(part))
                 sums.append(span.unfold(log_sum))
@@ -616,8 +617,8 @@ class _MemoryAttention:
             None if x is None else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
             for x in tensors[:8]
         ]
-        for block in spans.blocks():
-            for span in spans.of(block):
+        for block, runs in spans.blocks():
+            for span in spans.of(block, runs):
                 o, d_o, log_sum = (span.fold(x[:, block].to(dtype)) for x in (out, d_out, log_sums))
                 d_query, d_key, d_value = _flash_backward(
                     d_o, *span.inputs, o, log_sum, 0.0, False, attn_mask=span.mask, scale=scale
@@ -635,6 +636,7 @@ class _Span:
         place: of query, key and value among the arguments of the operation.
         inputs: query (rows parts, kv, group queries, d), key and value (rows parts, kv, keys, d).
         mask: what is added to the scores; None where all keys are seen.
+        target: which keys these are: a slice, which the parts overlap in, or indices into all rows' keys.
     """
 
     def __init__(self, place, query, key, value, mask, target, parts=1, part_length=None):
@@ -657,13 +659,17 @@ class _Span:
     def add(self, whole, part):
         """Add gradients (rows parts, kv, keys, d) to those of all keys (rows, ..., kv, d)."""
         part = part.transpose(1, 2)
-        if isinstance(self.target, slice):
-            whole[:, self.target] += part
-        else:
+        if not isinstance(self.target, slice):
             whole.view(-1, *whole.shape[2:]).index_add_(0, self.target, part.flatten(0, 1))
+            return
+        part, step = part.unflatten(0, (self.rows, self.parts)), self.length // self.parts
+        for start in range(0, part.shape[2], step):  # neighbours share keys: piece by piece none do
+            piece = part[:, :, start : start + step]
+            place = whole[:, self.target.start + start : self.target.stop].unfold(1, piece.shape[2], step)
+            place[:, : self.parts].add_(piece.movedim(2, 4))  # (rows, parts, kv, d, keys)
 
 
-@functools.lru_cache(maxsize=32)  # the same few for every layer and step
+@functools.lru_cache(maxsize=8)  # the same few for every layer and step
 def _age_mask(queries, keys, offset, newest, oldest, group, dtype):
     """(group queries, keys): 0 where the age offset + query - key is in [newest, oldest)."""
     age = offset + torch.arange(queries)[:, None] - torch.arange(keys)
@@ -688,38 +694,54 @@ class _Spans:
             self.any_filled, self.all_filled = filled.any(2).any(0).tolist(), filled.all(2).all(0).tolist()
 
     def blocks(self):
-        """Slices of about _QUERIES queries: whole chunks, or parts of one."""
-        step = self.chunk * max(1, _QUERIES // self.chunk)
-        for start in range(0, self.seq_len, step):
-            end = min(start + step, self.seq_len)
-            for inner in range(start, end, _QUERIES):
-                yield slice(inner, min(inner + _QUERIES, end))
+        """Pairs of a slice of queries and in how many runs of equal length it falls that share their keys."""
+        reach = (self.window if self.fading_key is None else 2 * self.window) - 1
+        held = [key.shape[1] - self.seq_len for key in (self.window_key, self.fading_key) if key is not None]
+        full = reach - min(held if self.past is None else [*held, int(self.past.min())])  # first query with all its keys
+        if self.chunk > _QUERIES:
+            small, share = _QUERIES, next(n for n in range(_QUERIES, 0, -1) if self.chunk % n == 0)
+        else:
+            small, share = self.chunk * (_QUERIES // self.chunk), self.chunk * max(1, _QUERIES // 2 // self.chunk)
+        unit = max(share, self.chunk)
+        start = 0
+        while start < self.seq_len:
+            whole = min(max(_RUN, unit), self.seq_len - start) // unit * unit
+            if start >= full and start % self.chunk == 0 and whole and share >= _QUERIES // 4:
+                stop, runs = start + whole, whole // share
+            else:  # within a chunk, or whole chunks
+                end = start + self.chunk - start % self.chunk if self.chunk > _QUERIES else self.seq_len
+                stop, runs = min(start + small, end, self.seq_len), 1
+            yield slice(start, stop), runs
+            start = stop
 
-    def of(self, block):
+    def of(self, block, runs):
         """The spans that some query of the block sees."""
         query = self.query[:, block].to(self.dtype)
-        window = self.near((0, 1, 2), query, self.window_key, self.window_value, block, 0, self.window)
-        fading = eidetic = None
+        spans = [self.near((0, 1, 2), query, self.window_key, self.window_value, block, runs, 0)]
         if self.fading_key is not None:
-            fading = self.near((0, 3, 4), query, self.fading_key, self.fading_value, block, self.window, 2 * self.window)
+            spans.append(self.near((0, 3, 4), query, self.fading_key, self.fading_value, block, runs, self.window))
         if self.memory is not None:
-            eidetic = self.eidetic(block)
-        return [span for span in (window, fading, eidetic) if span is not None]
+            spans.append(self.eidetic(block))
+        return [span for span in spans if span is not None]
 
-    def near(self, place, query, key, value, block, newest, oldest):
-        """Keys that are newest to oldest - 1 tokens older than a query of the block."""
-        before = key.shape[1] - self.seq_len
+    def near(self, place, query, key, value, block, runs, newest):
+        """Keys that are newest to newest + window - 1 tokens older than a query of the block."""
+        before, oldest = key.shape[1] - self.seq_len, newest + self.window
         keys = slice(max(0, block.start + before - oldest + 1), block.stop + before - newest)
         if keys.stop <= keys.start:
             return None
-        shape = block.stop - block.start, keys.stop - keys.start
-        mask = _age_mask(*shape, block.start + before - keys.start, newest, oldest, self.group, at_least_float32(query))
+        queries = (block.stop - block.start) // runs
+        width = keys.stop - keys.start - (runs - 1) * queries
+        offset = block.start + before - keys.start
+        mask = _age_mask(queries, width, offset, newest, oldest, self.group, at_least_float32(query))
         if self.past is not None and int(self.past.min()) < before - keys.start:
             slots = torch.arange(keys.start, keys.stop, device=key.device)
             missing = (slots < before - self.past[:, None])[:, None, None]
             mask = mask.expand(len(missing), 1, *mask.shape).masked_fill(missing, _UNSEEN)
-        key, value = key[:, keys].to(self.dtype), value[:, keys].to(self.dtype)
-        return _Span(place, query, key, value, mask, keys)
+        key, value = (x[:, keys].to(self.dtype) for x in (key, value))
+        if runs > 1:  # views that overlap
+            key, value = (x.unfold(1, width, queries).movedim(-1, 2).flatten(0, 1) for x in (key, value))
+        return _Span(place, query, key, value, mask, keys, runs, queries)
 
     def eidetic(self, block):
         """The memories of the block's chunks, gathered."""

@@ -706,7 +706,7 @@ class BMojoWindowAttention(BMojoAttention):
             past = 0 if call.past is None else call.past[:, None]
             window = self.with_past((key, value), "window", call, state, past, self.window - 1, call.seq_len)
             mixed = memory_attention(
-                query, *window, past=call.past, window=self.window, chunk_size=call.seq_len, scale=self.scale
+                query, *window, past=call.past, window=self.window, chunk_size=64, scale=self.scale
             )
             state = None if state is None else self.into_cache(state, {"window": (key, value)}, call)
         return self.o_proj(mixed.flatten(-2)), state, {}

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from contextlib import contextmanager, nullcontext
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -61,17 +62,37 @@ def shared() -> Path:
     return folder
 
 
+@contextmanager
+def cut_small(block: int = 64, queries: int = 4):
+    """Blocks of so many elements and queries in the forms for a CPU: many of them in small tensors."""
+    from bmojo import cpu_bmojo
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_bmojo, "_SMALL", 1)
+        patch.setattr(cpu_bmojo, "_BLOCK", block)
+        patch.setattr(cpu_bmojo, "_QUERIES", queries)
+        patch.setattr(cpu_bmojo, "_RUN", 4 * queries, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def cut():
+    """The context `cut_small`; in a session's scope, as Hypothesis wants it."""
+    return cut_small
+
+
+@pytest.fixture
+def small_blocks():
+    with cut_small():
+        yield
+
+
 @pytest.fixture(params=["auto", "blocks", "definition"])
-def form(request, monkeypatch) -> str:
+def form(request, monkeypatch):
     """Which form of the ops runs: what is chosen by itself, the same cut into blocks of very few tokens, or the definitions."""
     monkeypatch.setenv("BMOJO_KERNELS", "definition" if request.param == "definition" else "auto")
-    if request.param == "blocks":
-        from bmojo import cpu_bmojo
-
-        monkeypatch.setattr(cpu_bmojo, "_SMALL", 1)
-        monkeypatch.setattr(cpu_bmojo, "_BLOCK", 64)
-        monkeypatch.setattr(cpu_bmojo, "_QUERIES", 4)
-    return request.param
+    with cut_small() if request.param == "blocks" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -440,7 +440,10 @@ def poison(cache: BMojoCache, value: float) -> int:
     count = 0
     for layer, layer_type in zip(cache.layers, cache.config.layers_block_type, strict=True):
         parts = []
-        for name, tensor in layer.state.items():  # conv, ssm: zero is their content; eidetic_position says what is empty
+        for (
+            name,
+            tensor,
+        ) in layer.state.items():  # conv, ssm: zero is their content; eidetic_position says what is empty
             if name in ("key", "value"):
                 slots = memory_slots(cache.config, layer_type).items()
                 parts += [(span, tensor[:, :, part].transpose(1, 2)) for span, part in slots]

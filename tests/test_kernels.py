@@ -119,7 +119,9 @@ def test_a_required_kernel_says_what_is_missing(folder, monkeypatch):
 
 def test_an_unknown_mode_is_refused(folder, monkeypatch):
     monkeypatch.setenv("BMOJO_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="BMOJO_KERNELS is 'cuda'; allowed are 'auto', 'torch', 'triton', 'definition'"):
+    with pytest.raises(
+        ValueError, match="BMOJO_KERNELS is 'cuda'; allowed are 'auto', 'torch', 'triton', 'definition'"
+    ):
         make_op("any")(ON_CPU)
 
 

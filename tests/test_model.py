@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmojo.cache_bmojo import BMojoCache, memory_slots
-from bmojo.layout_bmojo import read_layout
 from bmojo.kernels_bmojo import selective_scan, ssd_scan
+from bmojo.layout_bmojo import read_layout
 from bmojo.modeling_bmojo import BMojoForCausalLM, rotary_frequencies
 from bmojo.ops_bmojo import hash_scores, rotary_table, rotate, select
 from bmojo_tests.reference import reference_forward
@@ -210,8 +210,16 @@ def test_model_runs_on_a_config_of_another_class(make):
 
 
 @in_forms([*VARIANTS, *NO_REFERENCE], SOME)
-def test_streaming_is_parallel(make, form, variant, dtype=torch.float64, tolerance=1e-9):
-    model = make(variant, dtype)
+def test_streaming_is_parallel(make, form, variant):
+    assert_streaming_is_parallel(make(variant), 1e-9)
+
+
+@pytest.mark.parametrize("variant", SOME)
+def test_streaming_is_parallel_in_single_precision(make, variant):
+    assert_streaming_is_parallel(make(variant, torch.float32), 1e-4)
+
+
+def assert_streaming_is_parallel(model, tolerance):
     ids = tokens(2, 5 * W + 1)
     with torch.no_grad():
         whole = model(ids, use_cache=False, output_eidetic=True)
@@ -228,11 +236,6 @@ def test_streaming_is_parallel(make, form, variant, dtype=torch.float64, toleran
             assert torch.equal(torch.stack([chunks[i] for i in range(len(chunks))], 1), whole.eidetic_positions[layer])
 
     check()
-
-
-@pytest.mark.parametrize("variant", SOME)
-def test_streaming_is_parallel_in_single_precision(make, variant):
-    test_streaming_is_parallel(make, "auto", variant, torch.float32, 1e-4)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 31, [0, 0, 1, 0, 30, 0], [31, 0], [2 * W] * 3], ids=str)
@@ -585,8 +588,9 @@ def test_random_scores_spread():
 
 @pytest.mark.parametrize("variant", ["plain", "rank", "learnable", "chunk_above_window", "no_memory"])
 @pytest.mark.parametrize("far", [10**6, 10**9])
+@pytest.mark.parametrize("even", [False, True])  # whether all rows are known to be as far as the columns
 @torch.no_grad()
-def test_a_stream_may_be_anywhere(make, variant, far):
+def test_a_stream_may_be_anywhere(make, variant, far, even):
     """A cache moved far along in position answers as before: only distances count, and they stay exact in float32."""
     model = make(variant, torch.float32)
     config = model.config
@@ -594,9 +598,14 @@ def test_a_stream_may_be_anywhere(make, variant, far):
     _, _, cache = stream(model, ids[:, :31], [])
     _, _, moved = stream(model, ids[:, :31], [])
     slots = memory_slots(config, "bmojo")
-    shift = far // (unit := math.lcm(slots["window"].stop, 2 * config.sliding_window, config.eidetic_chunk_size)) * unit
+    shift = (
+        far // (unit := math.lcm(slots["window"].stop, 2 * config.sliding_window, config.eidetic_chunk_size)) * unit
+    )
     turn = rotary_table(torch.tensor([[shift]]), *rotary_frequencies(config), torch.float32)
     moved.lengths += shift
+    moved.even = even
+    if even:
+        moved.seen_tokens += shift
     for layer in moved.layers:
         for name in ("window", "fading"):
             layer.state["key"][:, :, slots[name]] = rotate(layer.state["key"][:, :, slots[name]], *turn)
