@@ -59,7 +59,10 @@ class _Blocked(torch.autograd.Function):
                 found = _through_definition(ctx.op, ctx.options, tensors, grads, needed)
             else:
                 found = ctx.op.backward(tensors, saved, grads, **ctx.options)
-        found = (grad.to(tensor.dtype) if wanted else None for grad, tensor, wanted in zip(found, tensors, needed))
+        found = (
+            grad.to(tensor.dtype) if wanted else None
+            for grad, tensor, wanted in zip(found, tensors, needed, strict=True)
+        )
         return None, None, *found
 
 
@@ -72,11 +75,15 @@ def _through_definition(op, options, tensors, grads, needed):
     """Gradients that can be differentiated. Of views: where one input is made from another, its way counts outside only."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        tensors = [tensor.view_as(tensor) if wanted else tensor for tensor, wanted in zip(tensors, needed)]
+        tensors = [
+            tensor.view_as(tensor) if wanted else tensor for tensor, wanted in zip(tensors, needed, strict=True)
+        ]
         outputs = op.definition(*tensors, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    outputs, grads = zip(*((output, grad) for output, grad in zip(outputs, grads) if grad is not None))
-    inputs = [tensor for tensor, wanted in zip(tensors, needed) if wanted]
+    outputs, grads = zip(
+        *((output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None), strict=True
+    )
+    inputs = [tensor for tensor, wanted in zip(tensors, needed, strict=True) if wanted]
     found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=create_graph, materialize_grads=True))
     return [next(found) if wanted else None for wanted in needed]
 
@@ -123,7 +130,7 @@ class _SSDScan:
             block.load(start)
             held = starts[:, start // block.chunk :][:, : block.chunks]
             added = block.B.transpose(-1, -2) @ (block.weighted * block.to_end).flatten(-2)  # (b, r, g, n, h p)
-            for chunk, (gain, through) in enumerate(zip(added.unbind(1), block.through.unbind(1))):
+            for chunk, (gain, through) in enumerate(zip(added.unbind(1), block.through.unbind(1), strict=True)):
                 held[:, chunk] = state
                 state = torch.addcmul(gain, through, state)
             scores, _ = block.decayed_scores()
@@ -153,7 +160,9 @@ class _SSDScan:
             # inside the chunks
             scores, decay = block.decayed_scores()
             d_out_heads = block.heads_first(d_out)
-            d_scores = (d_out_heads @ block.heads_first(block.weighted).transpose(-1, -2)) * decay  # (b, r, g, h, q, q)
+            d_scores = (
+                d_out_heads @ block.heads_first(block.weighted).transpose(-1, -2)
+            ) * decay  # (b, r, g, h, q, q)
             d_weighted = scores.transpose(-1, -2) @ d_out_heads  # (b, r, g, h, q, p)
             d_product = d_scores.sum(3).tril()  # (b, r, g, q, q)
             d_scores = d_scores * block.product[:, :, :, None]
@@ -321,7 +330,7 @@ class _SelectiveScan:
             d_states = block.C * d_out  # (t, b, n, channels)
             steps, decays = d_states.unbind(0), decay.unbind(0)
             steps[-1].add_(d_state)
-            for earlier, later, through in zip(steps[-2::-1], steps[:0:-1], decays[:0:-1]):
+            for earlier, later, through in zip(steps[-2::-1], steps[:0:-1], decays[:0:-1], strict=True):
                 earlier.addcmul_(through, later)
             d_state = decays[0] * steps[0]
 
@@ -354,15 +363,13 @@ class _SelectiveBlock:
 
     def run(self, start: int, state):
         """The states after every token of the block, and the decay before it, (t, b, n, channels)."""
-        x, dt, B, C = (
-            tensor[:, start : start + self.length].to(self.dtype).transpose(0, 1) for tensor in self.inputs
-        )
+        x, dt, B, C = (tensor[:, start : start + self.length].to(self.dtype).transpose(0, 1) for tensor in self.inputs)
         self.x, self.dt, self.weighted = x, dt[:, :, None], (dt * x)[:, :, None]
         self.B, self.C = B[..., None], C[..., None]
         decay = (self.dt * (self.A * _LOG2E)).clamp_(min=self.lowest).exp2_()
         states = self.weighted * self.B
         previous = state
-        for step, through in zip(states.unbind(0), decay.unbind(0)):
+        for step, through in zip(states.unbind(0), decay.unbind(0), strict=True):
             previous = step.addcmul_(through, previous)
         return states, decay
 
@@ -528,7 +535,11 @@ def blocked_prediction_error(y, history, positions, weights):
         errors[:, :start] = prediction_error(y[:, :start], history, positions[:, :start], weights)
     while start < seq_len:
         block = slice(start, min(start + length, seq_len))
-        past = [history.to(y.dtype)[:, start:], y[:, : block.stop]] if start < kernel else [y[:, start - kernel : block.stop]]
+        past = (
+            [history.to(y.dtype)[:, start:], y[:, : block.stop]]
+            if start < kernel
+            else [y[:, start - kernel : block.stop]]
+        )
         past = torch.cat(past, 1).to(dtype)
         if equal:  # sums of 2, 4, 8, ... neighbours
             total, width = past[:, :-1], 1
@@ -602,7 +613,7 @@ class _MemoryAttention:
             if len(parts) > 1:
                 together = torch.stack(sums).logsumexp(0)
                 shares = [(own - together).exp()[..., None] for own in sums]
-                parts[0] = sum(part * share for part, share in zip(parts, shares))
+                parts[0] = sum(part * share for part, share in zip(parts, shares, strict=True))
                 sums[0] = together
             out[:, block] = parts[0]
             log_sums[:, block] = sums[0]
@@ -611,7 +622,7 @@ class _MemoryAttention:
     @staticmethod
     def backward(tensors, saved, grads, window, chunk_size, scale):
         (out, log_sums), dtype = saved, saved[1].dtype
-        d_out = grads[0].view_as(out)
+        d_out = grads[0].reshape(out.shape)
         spans = _Spans(tensors, window, chunk_size, dtype)
         found = [
             None if x is None else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -621,7 +632,7 @@ class _MemoryAttention:
             for span in spans.of(block, runs):
                 o, d_o, log_sum = (span.fold(x[:, block].to(dtype)) for x in (out, d_out, log_sums))
                 d_query, d_key, d_value = _flash_backward(
-                    d_o, *span.inputs, o, log_sum, 0.0, False, attn_mask=span.mask, scale=scale
+                    d_o.contiguous(), *span.inputs, o, log_sum, 0.0, False, attn_mask=span.mask, scale=scale
                 )
                 found[span.place[0]][:, block].view_as(out[:, block]).add_(span.unfold(d_query))
                 span.add(found[span.place[1]], d_key)
@@ -697,7 +708,9 @@ class _Spans:
         """Pairs of a slice of queries and in how many runs of equal length it falls that share their keys."""
         reach = (self.window if self.fading_key is None else 2 * self.window) - 1
         held = [key.shape[1] - self.seq_len for key in (self.window_key, self.fading_key) if key is not None]
-        full = reach - min(held if self.past is None else [*held, int(self.past.min())])  # first query with all its keys
+        full = reach - min(
+            held if self.past is None else [*held, int(self.past.min())]
+        )  # first query with all its keys
         if self.chunk > _QUERIES:
             small, share = _QUERIES, next(n for n in range(_QUERIES, 0, -1) if self.chunk % n == 0)
         else:
@@ -762,4 +775,6 @@ class _Spans:
             mask = torch.zeros(empty.shape, dtype=at_least_float32(key), device=key.device)
             mask = mask.masked_fill_(empty, _UNSEEN)[:, None, None]
             value.masked_fill_(empty[..., None, None], 0)  # a weight of 0 would let a NaN through
-        return _Span((5, 6, 7), self.eidetic_query[:, block].to(self.dtype), key, value, mask, index, parts, self.chunk)
+        return _Span(
+            (5, 6, 7), self.eidetic_query[:, block].to(self.dtype), key, value, mask, index, parts, self.chunk
+        )

@@ -107,7 +107,6 @@ def copy_kernels(config, save_directory: str | os.PathLike) -> None:
 
 def dispatch(definition: Callable, cpu: Callable | None = None) -> Callable:
     """Run the Triton kernel of this name where one fits the device, else the form for a CPU where that fits, else the definition."""
-
     name = definition.__name__
 
     @functools.wraps(definition)

@@ -388,7 +388,9 @@ class BMojoRMSNorm(nn.Module):
 
 
 class BMojoMLP(nn.Module):
-    block = 512  # tokens that a CPU takes at once where no gradient is recorded: what lies between stays near the cache
+    block = (
+        512  # tokens that a CPU takes at once where no gradient is recorded: what lies between stays near the cache
+    )
 
     def __init__(self, config):
         super().__init__()
@@ -515,7 +517,11 @@ class BMojoMamba2(BMojoSSM):
         else:
             y, ssm = ssd_step(x, dt[:, 0], A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
         y = torch.addcmul(y, D[:, None], x.to(y.dtype)).reshape(z.shape).to(u.dtype)
-        return self.out_proj(self.norm(silu_gate(z, y) if call.step is None else F.silu(z) * y)), {"conv": conv, "ssm": ssm}, {}
+        return (
+            self.out_proj(self.norm(silu_gate(z, y) if call.step is None else F.silu(z) * y)),
+            {"conv": conv, "ssm": ssm},
+            {},
+        )
 
 
 class BMojoTimeStepProjection(nn.Linear):
@@ -1267,7 +1273,6 @@ class BMojoModel(BMojoPreTrainedModel):
             past = torch.arange(start, start + self.chunk, device=like.device)
             cache.steps = which, make_step(self.plan, past, like, call.table, call.scaling)
         return cache.steps[1].row(seen - start, rows)
-
 
     def _run_layers(self, hidden_states, call: Call, cache, keep_hidden: bool):
         """Hidden states, the inputs of all layers if kept, what they remembered, their states, and how to replay them."""

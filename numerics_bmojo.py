@@ -15,7 +15,7 @@ def at_least_float32(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
-    """x in float32 or wider."""
+    """The tensor in float32 or wider."""
     return x if x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
 
 

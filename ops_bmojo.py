@@ -192,7 +192,7 @@ def causal_conv(x, weight, bias=None):
 
 
 def rms_norm(x, weight, eps: float, n_groups: int = 1):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, or over n_groups equal parts of it; statistics in float32 or wider.
+    """RMSNorm, x / sqrt(mean(x^2) + eps) * weight, over the last axis, or over n_groups equal parts of it; statistics in float32 or wider.
 
     Args:
         x: (..., size).
