@@ -265,6 +265,7 @@ class BMojoCache(Cache):
         for layer in self.layers:
             layer.state = {}
         self.lengths, self.seen_tokens, self.even, self._log = None, 0, True, []
+        self.steps = None, None
 
     def _change_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:
@@ -346,7 +347,11 @@ class BMojoCache(Cache):
         return named if self.lengths is None else {"lengths": self.lengths, **named}
 
     def num_bytes(self) -> int:
-        """Bytes of all tensors: see the formula above. The log of a recording cache is not counted."""
+        """Bytes of all tensors: see the formula above.
+
+        Not counted are the log of a recording cache and the model's tables for the tokens of a chunk, `steps`, one for the
+        whole cache and of a constant size.
+        """
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def save(self, path) -> None:

@@ -402,8 +402,10 @@ class _CausalConv:
         for block in _conv_blocks(x, seq_len):
             out = x[:, block] * weight[:, 0] if bias is None else torch.addcmul(bias, x[:, block], weight[:, 0])
             for tap in range(1, taps):
-                out.addcmul_(x[:, block.start + tap : block.stop + tap], weight[:, tap])
-            y[:, block] = out
+                into = {"out": y[:, block]} if tap == taps - 1 else {}  # a pass less than to copy
+                out = torch.addcmul(out, x[:, block.start + tap : block.stop + tap], weight[:, tap], **into)
+            if taps == 1:
+                y[:, block] = out
         return (y,), ()
 
     @staticmethod
@@ -461,7 +463,7 @@ class _RMSNorm:
             wide = given[rows].to(dtype)
             length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
             scale[rows] = (length * length / wide.shape[-1] + eps).rsqrt_()
-            into[rows] = (wide * scale[rows]).mul_(weight)
+            torch.mul(wide * scale[rows], weight, out=into[rows])
         return (out,), (scale,)
 
     @staticmethod
@@ -476,7 +478,7 @@ class _RMSNorm:
             d_weight += (d_out * normed).sum(0)
             d_normed = d_out * weight
             along = (d_normed * normed).mean(-1, keepdim=True)
-            into[rows] = torch.addcmul(d_normed, normed, along, value=-1).mul_(scale[rows])
+            torch.mul(torch.addcmul(d_normed, normed, along, value=-1), scale[rows], out=into[rows])
         return dx, d_weight.flatten()
 
 
@@ -499,7 +501,7 @@ class _SiluGate:
         gate, x, d_out, d_gate, d_x = _in_groups(1, *tensors, grads[0], *found)
         for rows in _row_blocks(x):
             torch.mul(F.silu(gate[rows]), d_out[rows], out=d_x[rows])
-            d_gate[rows] = torch.ops.aten.silu_backward(d_out[rows] * x[rows], gate[rows])
+            torch.ops.aten.silu_backward(d_out[rows] * x[rows], gate[rows], grad_input=d_gate[rows])
         return found
 
 
@@ -692,7 +694,10 @@ class _Spans:
     """Cuts the queries of `memory_attention` into blocks and finds the keys of each."""
 
     def __init__(self, tensors, window, chunk_size, dtype=None):
-        query, self.window_key, self.window_value, *others, self.memory, self.past = tensors
+        *tensors, self.memory, self.past = tensors
+        # the kernel takes the last axis to be contiguous, without a look at its stride
+        tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+        query, self.window_key, self.window_value, *others = tensors
         self.fading_key, self.fading_value, eidetic_query, self.eidetic_key, self.eidetic_value = others
         self.dtype, self.window, self.chunk = dtype or self.window_value.dtype, window, chunk_size
         self.seq_len, self.kv_heads = query.shape[1], self.window_key.shape[2]

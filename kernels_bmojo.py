@@ -49,6 +49,7 @@ _NO_TRITON = "triton is not installed (`pip install triton`)"
 MODES = ("auto", "torch", "triton", "definition")
 _HERE = Path(__file__).resolve().parent
 _loaded: dict[str, Callable] = {}  # the kernels in use, by name
+_told: set[str] = set()  # devices for which it was said why no kernel runs
 __path__ = [str(_HERE / "kernels")] if (_HERE / "kernels").is_dir() else []  # next to this file: a checkout
 
 
@@ -112,8 +113,8 @@ def dispatch(definition: Callable, cpu: Callable | None = None) -> Callable:
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
         mode = os.environ.get("BMOJO_KERNELS", "auto")
-        if mode == "auto" and cpu is not None and x.device.type == "cpu" and _is_plain(x):  # the usual case first
-            return cpu(x, *args, **kwargs)
+        if mode == "auto" and cpu is not None and x.device.type == "cpu" and _is_plain(x) and "cpu" in _told:
+            return cpu(x, *args, **kwargs)  # the usual case, at the least cost once it has been said
         if _use_kernel(name, x.device.type):
             return _loaded[name](x, *args, **kwargs)
         if cpu is not None and mode != "definition" and x.device.type == "cpu" and _is_plain(x):
@@ -146,6 +147,7 @@ def _use_kernel(name: str, device: str) -> bool:
         return load(name) is not None
     if mode == "triton":
         raise RuntimeError(f"BMOJO_KERNELS=triton, but {obstacle}; BMOJO_KERNELS=auto falls back to torch.")
+    _told.add(device)
     say = logger.warning_once if obstacle is _NO_TRITON else logger.info_once  # that one costs speed needlessly
     say(f"B'MOJO runs in plain torch: {obstacle}.")
     return False

@@ -39,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: this repository)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--piece", type=int, default=1024, help="tokens per piece (default 1024, the model's)")
+    parser.add_argument("--piece", type=int, default=2048, help="tokens per piece (default 2048, the model's)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--measure", type=int, nargs=2, help=argparse.SUPPRESS)  # the process behind one figure

@@ -165,12 +165,16 @@ def run(options: argparse.Namespace, models: dict[str, PreTrainedModel], tokens:
             kept = min(COMPARED, stop - single)
             ends = {name: stream.read(tokens[:, single:stop], 1, kept) for name, stream in streams.items()}
             bar.update(stop - single)
-            resident = resident_bytes()
-            first_resident = first_resident or resident
-            mark = {"tokens": stop, "seconds": time.perf_counter() - started, "resident_bytes": resident}
-            mark["growth_bytes"] = None if resident is None else resident - first_resident
+            mark = {"tokens": stop, "seconds": time.perf_counter() - started}
             mark |= {name: stream.measures(ends[name][0]) for name, stream in streams.items()}
-            marks.append(mark | compare(*ends["stream"][1:], *ends["float64"][1:]))
+            mark |= compare(*ends["stream"][1:], *ends["float64"][1:])
+            resident = resident_bytes()  # after the comparison, whose memory the first mark is to count as well
+            first_resident = first_resident or resident
+            mark |= {
+                "resident_bytes": resident,
+                "growth_bytes": None if resident is None else resident - first_resident,
+            }
+            marks.append(mark)
             write(Path(options.output), about | {"marks": marks})
 
 

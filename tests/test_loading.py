@@ -278,7 +278,7 @@ print(json.dumps({"model": inspect(model), "tokens": tokens.tolist(), "saved": s
     assert "kernels" not in outcome.answer["saved"]
     expected = model.generate(torch.arange(3, 14)[None], max_new_tokens=8, do_sample=False)
     assert outcome.answer["tokens"] == expected.tolist()
-    said = [line for line in outcome.stderr.splitlines() if "torch definitions" in line]
+    said = [line for line in outcome.stderr.splitlines() if "runs in plain torch" in line]
     assert len(said) == 1  # which path runs and why, once, though it is asked for in every layer and call
     assert "the tensors are on cpu" in said[0]
 
