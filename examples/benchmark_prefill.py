@@ -49,15 +49,15 @@ def main():
         return
     print(f"{'tokens':>8} {'at once':>20} {f'pieces of {arguments.piece}':>20}")
     for length in arguments.lengths:
-        found = {length: [], arguments.piece: []}
+        found = [(length, []), (arguments.piece, [])]
         for _ in range(arguments.rounds):
-            for piece, figures in found.items():
+            for piece, figures in found:
                 command = [sys.executable, __file__, "--model", arguments.model, "--threads", str(arguments.threads)]
                 command += ["--measure", str(length), str(piece)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 figures.append([float(figure) for figure in done.stdout.split()[-2:]])
         cells = []
-        for figures in found.values():
+        for _, figures in found:
             seconds, megabytes = (statistics.median(column) for column in zip(*figures, strict=True))
             cells.append(f"{seconds:.2f} s, {megabytes:.0f} MB")
         print(f"{length:>8} {cells[0]:>20} {cells[1]:>20}", flush=True)

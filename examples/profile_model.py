@@ -91,12 +91,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    sizes = Sizes()
-    model = build(options.entrant, sizes)
     for case in options.cases:
         measure, _, length = case.partition(":")
         if measure not in ("train", "prefill", "decode") or not length.isdigit() or int(length) < 1:
             parser.error(f"{case!r} is no case; write for example train:2048, prefill:8192 or decode:2048.")
+    sizes = Sizes()
+    model = build(options.entrant, sizes)
+    for case in options.cases:
+        measure, _, length = case.partition(":")
         call, steps = make_call(measure, model, make_tokens(int(length), sizes, "cpu"))
         call()
         seconds = statistics.median(best(call, 1) for _ in range(options.rounds)) / steps

@@ -140,3 +140,33 @@ def test_bad_arguments_are_refused(benchmark, capsys, arguments, message):
         benchmark.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entrant", ["bmojo", "mistral"])
+def test_profile_adds_up(benchmark, sizes, monkeypatch, capsys, entrant):
+    """Shares of a case sum to the whole, or to more where the profiler's own cost exceeds what lies between operations."""
+    import profile_model
+
+    monkeypatch.setattr(profile_model, "Sizes", lambda: sizes)
+    monkeypatch.setattr(sys, "argv", ["profile_model.py", "train:9", "prefill:9", "decode:9", "--entrant", entrant])
+    profile_model.main()
+    sys.modules.pop("profile_model")
+    cases = capsys.readouterr().out.split(f"\n{entrant} ")[1:]
+    assert [case.partition(": ")[0] for case in cases] == ["train:9", "prefill:9", "decode:9"]
+    for case in cases:
+        total = float(case.split(": ")[1].split(" ms")[0])
+        floor = float(case.split("floor ")[1].split(" ms")[0])
+        shares = [float(line.split()[-1].rstrip("%")) for line in case.strip().split("\n")[1:]]
+        assert total > 0
+        assert floor > 0
+        assert sum(shares) > 99
+
+
+def test_profile_refuses_what_it_cannot_read(benchmark, monkeypatch, capsys):
+    import profile_model
+
+    monkeypatch.setattr(sys, "argv", ["profile_model.py", "learn:9"])
+    with pytest.raises(SystemExit):
+        profile_model.main()
+    sys.modules.pop("profile_model")
+    assert "'learn:9' is no case" in capsys.readouterr().err
