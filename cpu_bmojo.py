@@ -17,12 +17,13 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .numerics_bmojo import at_least_float32, no_autocast
+from .numerics_bmojo import at_least_float32, no_autocast, widen
 from .ops_bmojo import (
     causal_conv,
     memory_attention,
     prediction_error,
     rms_norm,
+    rotate,
     selective_scan,
     silu_gate,
     ssd_scan,
@@ -514,6 +515,43 @@ def _row_blocks(x):
     length = max(1, _BLOCK // 2 // max(1, x[0].numel()))
     for start in range(0, len(x), length):
         yield slice(start, start + length)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def blocked_rotate(x, cos, sin):
+    """See `ops_bmojo.rotate`. Tables with gradients, or of other shapes than a call's, are left to the definition."""
+    usual = x.dim() == 4 and cos.dim() == 3 and x.numel() >= _SMALL
+    if not usual or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
+        return rotate(x, cos, sin)
+    return _Rotation.apply(x, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation, whose gradient is the opposite rotation, and can be differentiated as often as wanted."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        length = max(1, _BLOCK // 4 // max(1, x[:, 0].numel()))
+        for start in range(0, x.shape[1], length):
+            block = slice(start, start + length)
+            tables = (table[:, block] if table.shape[1] > 1 else table for table in (cos, sin))
+            near, far = (table[:, :, None] for table in tables)
+            wide = widen(x[:, block])
+            torch.addcmul(wide * near, wide.roll(x.shape[-1] // 2, -1), far, out=out[:, block])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        if _is_batched(grad):
+            return rotate(grad, cos, -sin), None, None
+        return _Rotation.apply(grad, cos, -sin), None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

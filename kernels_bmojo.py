@@ -28,6 +28,7 @@ from .cpu_bmojo import (
     blocked_memory_attention,
     blocked_prediction_error,
     blocked_rms_norm,
+    blocked_rotate,
     blocked_selective_scan,
     blocked_silu_gate,
     blocked_ssd_scan,
@@ -37,6 +38,7 @@ from .ops_bmojo import (
     memory_attention,
     prediction_error,
     rms_norm,
+    rotate,
     selective_scan,
     silu_gate,
     ssd_scan,
@@ -186,3 +188,4 @@ prediction_error = dispatch(prediction_error, blocked_prediction_error)
 memory_attention = dispatch(memory_attention, blocked_memory_attention)
 rms_norm = dispatch(rms_norm, blocked_rms_norm)
 silu_gate = dispatch(silu_gate, blocked_silu_gate)
+rotate = dispatch(rotate, blocked_rotate)

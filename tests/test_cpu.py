@@ -28,6 +28,7 @@ OPS = {
         kernels_bmojo.silu_gate,
     )
 }
+ROTATE = kernels_bmojo.rotate  # whose tables are constants: not among those whose every input is differentiated
 WITH_GRADIENT = [name for name in OPS if name != "prediction_error"]  # whose form for a CPU has no backward pass
 some = partial(settings, deadline=None, derandomize=True, database=None)
 
@@ -398,6 +399,44 @@ def test_norm_of_zeros_and_of_large_numbers(small_blocks):
     tensors["x"][0] = 0
     tensors["x"][1, :4] *= 1e100
     assert_form_is_definition("rms_norm", tensors, options)
+
+
+@pytest.mark.parametrize("tables", ["shared", "of every row", "of one position"])
+@pytest.mark.parametrize("seq_len", [1, 2, 37])
+@pytest.mark.parametrize("layout", ["contiguous", "heads first", "part of a projection"])
+def test_rotations_of_any_shape(small_blocks, tables, seq_len, layout):
+    random, shape = randoms(0), (2, seq_len, 3, 6)
+    table_shape = {"shared": (1, seq_len, 6), "of every row": (2, seq_len, 6), "of one position": (1, 1, 6)}[tables]
+    cos, sin = random(*table_shape), random(*table_shape)
+    sin[..., :3] = -sin[..., 3:]
+    cos[..., :3] = cos[..., 3:]
+    x = {
+        "contiguous": lambda: random(*shape),
+        "heads first": lambda: random(2, 3, seq_len, 6).transpose(1, 2),
+        "part of a projection": lambda: random(2, seq_len, 3, 12)[..., :6],
+    }[layout]().requires_grad_()
+    weight, found = random(*shape), []
+    for form in (ROTATE.cpu, ROTATE.definition):
+        out = form(x, cos, sin)
+        (first,) = torch.autograd.grad((out.sin() * weight).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        found.append({"output": out, "gradient": first, "second derivative": second})
+    assert_same(*found)
+    batched = [
+        torch.autograd.grad(form(x, cos, sin), x, torch.stack([weight, weight * 2]), is_grads_batched=True)[0]
+        for form in (ROTATE.cpu, ROTATE.definition)
+    ]
+    assert rel_error(*batched) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rotations_in_any_precision(small_blocks, dtype):
+    random = randoms(1)
+    x = random(2, 37, 3, 6).to(dtype)
+    cos, sin = random(1, 37, 6).float(), random(1, 37, 6).float()
+    got = ROTATE.cpu(x, cos, sin)
+    assert got.dtype == dtype
+    assert torch.equal(got, ROTATE.definition(x, cos, sin))
 
 
 # ---------------------------------------------------------------------------- precision
