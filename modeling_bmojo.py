@@ -815,7 +815,9 @@ class BMojoMixer(BMojoWindowAttention):
         key, value = self.k_norm(self.heads(key)), self.heads(value)
         heads, rings = query.shape[2], key.shape[1]
         queries = [query, query] if self.memory else [query]
-        turned = rotate.definition(torch.cat([*queries, key.reshape(len(key), 1, -1, key.shape[3])], 2), step.cos, step.sin)
+        turned = rotate.definition(
+            torch.cat([*queries, key.reshape(len(key), 1, -1, key.shape[3])], 2), step.cos, step.sin
+        )
         kept = self.put(state, call, turned[:, 0, len(queries) * heads :].unflatten(1, (rings, -1)), value)
         positions = eidetic_query = None
         if self.memory:
