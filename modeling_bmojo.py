@@ -711,7 +711,7 @@ class BMojoWindowAttention(BMojoAttention):
         else:
             past = 0 if call.past is None else call.past[:, None]
             window = self.with_past((key, value), "window", call, state, past, self.window - 1, call.seq_len)
-            mixed = memory_attention(
+            mixed = memory_attention(  # without a memory, chunks only say how queries may be cut
                 query, *window, past=call.past, window=self.window, chunk_size=64, scale=self.scale
             )
             state = None if state is None else self.into_cache(state, {"window": (key, value)}, call)
