@@ -103,6 +103,12 @@ def _cut(tensor, start: int, length: int, dtype):
     return F.pad(part, (0, 0) * (part.dim() - 2) + (0, missing)) if missing else part
 
 
+def _decay(log):
+    """2 to the power of `log`, which is overwritten; 1 where it is above 0, that is, of the future."""
+    lowest = -512 if log.dtype == torch.float64 else -64  # of no weight, and no product of it is denormal
+    return log.clamp_(lowest, 0).exp2_()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Fading memory: the two scans
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,7 +235,7 @@ class _SSDBlock:
         dt = dt.unflatten(-1, (self.groups, -1)).movedim(2, 4).contiguous()  # (b, r, g, h, q)
         B, C = B.movedim(3, 2), C.movedim(3, 2)
         log_decay = (dt * (self.A * _LOG2E)).cumsum(-1)
-        chunk_decay = self._exp2(log_decay[..., -1])
+        chunk_decay = _decay(log_decay[..., -1].clone())
         self.small = {
             "dt": dt,
             "B": B,
@@ -239,8 +245,8 @@ class _SSDBlock:
             "chunk_decay": chunk_decay,
             "through": chunk_decay.repeat_interleave(self.channels, -1)[..., None, :],
             "dt_of_channels": dt.transpose(-1, -2)[..., None],
-            "since_start": self._exp2(log_decay).transpose(-1, -2)[..., None],
-            "to_end": self._exp2(log_decay[..., -1:] - log_decay).transpose(-1, -2)[..., None],
+            "since_start": _decay(log_decay.clone()).transpose(-1, -2)[..., None],
+            "to_end": _decay(log_decay[..., -1:] - log_decay).transpose(-1, -2)[..., None],
         }
 
     def load(self, start: int) -> None:
@@ -252,16 +258,12 @@ class _SSDBlock:
         self.x = self.by_group(_cut(self.tokens, start, self.chunks * self.chunk, self.dtype))
         self.weighted = self.x * self.dt_of_channels
 
-    def _exp2(self, log):
-        lowest = -512 if self.dtype == torch.float64 else -64  # of no weight, and no product of it is denormal
-        return log.clamp(lowest, 0).exp2_()
-
     def decayed_scores(self):
         """What token s gives to token l inside a chunk, and the decay in it (1 where s > l), (b, r, g, h, q, q).
 
         The clamp at 0 bounds the decay from the future, which the lower triangle of C B^T then drops.
         """
-        decay = self._exp2(self.log_decay[..., :, None] - self.log_decay[..., None, :])
+        decay = _decay(self.log_decay[..., :, None] - self.log_decay[..., None, :])
         return decay * self.product[:, :, :, None], decay
 
     def by_group(self, tokens):
@@ -359,7 +361,6 @@ class _SelectiveBlock:
         self.inputs = x, dt, B, C
         self.dtype = at_least_float32(x, dt, A, B)
         self.A = A.to(self.dtype).T.contiguous()
-        self.lowest = -512 if self.dtype == torch.float64 else -64  # of no weight, and no product of it is denormal
         self.length = max(8, min(x.shape[1], _BLOCK // max(1, x.shape[0] * A.numel())))
 
     def run(self, start: int, state):
@@ -367,7 +368,7 @@ class _SelectiveBlock:
         x, dt, B, C = (tensor[:, start : start + self.length].to(self.dtype).transpose(0, 1) for tensor in self.inputs)
         self.x, self.dt, self.weighted = x, dt[:, :, None], (dt * x)[:, :, None]
         self.B, self.C = B[..., None], C[..., None]
-        decay = (self.dt * (self.A * _LOG2E)).clamp_(min=self.lowest).exp2_()
+        decay = _decay(self.dt * (self.A * _LOG2E))
         states = self.weighted * self.B
         previous = state
         for step, through in zip(states.unbind(0), decay.unbind(0), strict=True):

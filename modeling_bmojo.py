@@ -781,8 +781,6 @@ class BMojoMixer(BMojoWindowAttention):
                     real = torch.ones_like(error, dtype=torch.bool) if call.real() is None else call.real()
                     found["loss"] = error.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
                 error = error.detach()
-            elif call.step is not None:
-                error = (y.to(dtype) - call.step.predictor.to(dtype) @ history.to(dtype)).square().sum(-1)
             else:
                 weights = predictor_weights(self.config, dtype, y.device)
                 error = prediction_error(y, history, call.positions, weights)
