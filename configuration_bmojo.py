@@ -135,7 +135,7 @@ class BMojoConfig(PreTrainedConfig):
     mamba_norm_eps: float | None = None
     D_has_hdim: bool = False
     time_step_rank: int | None = None
-    time_step_limit: list[float] | tuple[float, ...] | None = None
+    time_step_limit: list[float | dict] | tuple[float, ...] | None = None
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
@@ -173,7 +173,13 @@ class BMojoConfig(PreTrainedConfig):
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         if self.time_step_limit is not None:
-            self.time_step_limit = [float(bound) for bound in self.time_step_limit]
+            # transformers writes an infinite bound as this dict, since JSON has none, and reads it back from files only
+            bounds = [math.inf if bound == {"__float__": "Infinity"} else bound for bound in self.time_step_limit]
+            if any(isinstance(bound, dict) for bound in bounds):
+                raise ValueError(
+                    f"time_step_limit is {bounds}; it must be None or two numbers, 0 <= lowest < highest."
+                )
+            self.time_step_limit = [float(bound) for bound in bounds]
         if self.initializer_range is None:
             self.initializer_range = max(1, self.hidden_size) ** -0.5
         super().__post_init__(**kwargs)
