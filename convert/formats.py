@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from .core import Format, Refusal
+from .falcon_mamba import FalconMamba
+from .jamba import Jamba
 from .llama import Llama, Mistral, Qwen3
 from .mamba import Mamba, Mamba2
 
@@ -13,6 +15,8 @@ FORMATS: tuple[Format, ...] = (
     Qwen3(),
     Mamba(),
     Mamba2(),
+    FalconMamba(),
+    Jamba(),
 )
 OURS = "bmojo"
 
