@@ -13,8 +13,9 @@ from .numerics_bmojo import at_least_float32
 
 _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on with it
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim layers_block_type ssm_type sliding_window "
-    "state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups eidetic_size eidetic_chunk_size "
-    "eidetic_position innovation_predictor innovation_kernel fading_span tie_attn_weights use_qk_norm rope_parameters "
+    "state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups mamba_num_key_value_heads "
+    "mamba_intermediate_size mamba_use_pos_emb eidetic_size eidetic_chunk_size eidetic_position innovation_predictor "
+    "innovation_kernel fading_span tie_attn_weights use_qk_norm rope_parameters "
     "position_embedding_type rope_interleave key_multiplier attention_conv_kernel"
 ).split()
 GROWING = ("full_key", "full_value")  # the tensors of a state that hold every column seen
@@ -24,9 +25,9 @@ _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and furthe
 def _differences(described: dict, config) -> str:
     """Fields in which a configuration differs from a description of one, in words."""
     now = json.loads(json.dumps({name: getattr(config, name) for name in _FINGERPRINT}))
-    described = {name: getattr(type(config), name) for name in now if name not in described} | described  # from before it was
-    fields = [name for name in now if described[name] != now[name]]
-    return ", ".join(f"{name} ({described[name]} there, {now[name]} here)" for name in fields)
+    then = {name: described.get(name, getattr(type(config), name, None)) for name in now}  # an older file lacks fields
+    fields = [name for name in now if then[name] != now[name]]
+    return ", ".join(f"{name} ({then[name]} there, {now[name]} here)" for name in fields)
 
 
 def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -41,13 +42,9 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
     kind = config.ssm_type if layer_type in ("bmojo", "hybrid") else layer_type
     shapes = {}
     if kind in ("mamba", "mamba2"):
-        if kind == "mamba2":
-            inner = config.mamba_num_heads * config.mamba_head_dim
-            channels = inner + 2 * config.n_groups * config.state_size
-            state = (config.mamba_num_heads, config.mamba_head_dim, config.state_size)
-        else:
-            channels = config.expand * config.hidden_size
-            state = (channels, config.state_size)
+        channels = sum(convolved_widths(config, kind))
+        state = (channels,) if kind == "mamba" else (config.mamba_num_heads, config.mamba_head_dim)
+        state = (*state, config.state_size)
         shapes["conv"] = ((config.conv_kernel - 1, channels), "model")
         shapes["ssm"] = (state, "wide")
     heads, head_dim = config.num_key_value_heads, config.head_dim
@@ -67,6 +64,15 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
         if config.innovation_predictor in ("average", "exponential", "learnable"):
             shapes["history"] = ((config.innovation_kernel, config.hidden_size), "model")
     return shapes
+
+
+def convolved_widths(config, kind: str) -> list[int]:
+    """Channels that the SSM's convolution runs over: of x for "mamba", of x, B and C for "mamba2"."""
+    if kind == "mamba":
+        return [config.mamba_intermediate_size or config.expand * config.hidden_size]
+    own = config.mamba_num_key_value_heads
+    x, B = (config.mamba_num_heads, config.n_groups) if own is None else (own, own)
+    return [x * config.mamba_head_dim, B * config.state_size, config.n_groups * config.state_size]
 
 
 def memory_slots(config, layer_type: str) -> dict[str, slice]:
@@ -150,8 +156,9 @@ class BMojoCache(Cache):
         rows * (8 + sum over layers of
             bmojo               2 kv s (w + c) + W (w + c) + 2 kv s 2w + M (2 kv s + W + 8) + innovation_kernel hidden_size s
                                 + the bytes of its SSM; with M = 0: 2 kv s w + 2 kv s 2w + the bytes of its SSM
-            mamba2              (conv_kernel - 1) (heads head_dim + 2 n_groups state_size) s + heads head_dim state_size W
-            mamba               (conv_kernel - 1) expand hidden_size s + expand hidden_size state_size W
+            mamba2              (conv_kernel - 1) (heads head_dim + 2 n_groups state_size) s + heads head_dim state_size W;
+                                with g = mamba_num_key_value_heads the middle factor is g (head_dim + state_size) + n_groups state_size
+            mamba               (conv_kernel - 1) inner s + inner state_size W, inner = expand hidden_size or mamba_intermediate_size
             sliding_attention   2 kv s w
             full_attention      2 kv s (columns seen, or max_cache_len)
             hybrid              that, and the bytes of its SSM)
