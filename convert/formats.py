@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from .core import Format, Refusal
+from .falcon_h1 import FalconH1
 from .llama import Llama, Mistral, Qwen3
 from .mamba import Mamba, Mamba2
+from .native import Native
 
 
 FORMATS: tuple[Format, ...] = (
@@ -13,6 +15,8 @@ FORMATS: tuple[Format, ...] = (
     Qwen3(),
     Mamba(),
     Mamba2(),
+    Native(),
+    FalconH1(),
 )
 OURS = "bmojo"
 

@@ -457,7 +457,7 @@ def test_packed_is_separate(make, variant, how):
     logits, loss, predictor_loss, targets = [], 0.0, 0.0, ids.shape[1] - len(DOCUMENTS)
     for number, document in enumerate(ids.split(DOCUMENTS, 1)):
         alone = model.model(document, output_eidetic=True)
-        logits.append(model.lm_head(alone.last_hidden_state))
+        logits.append(model.lm_head_multiplier * model.lm_head(alone.last_hidden_state))
         loss = loss + F.cross_entropy(logits[-1][0, :-1], document[0, 1:], reduction="sum") / targets
         if alone.predictor_loss is not None:
             predictor_loss = predictor_loss + document.shape[1] * alone.predictor_loss / ids.shape[1]
