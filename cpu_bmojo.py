@@ -525,7 +525,7 @@ def _row_blocks(x):
 
 def blocked_rotate(x, cos, sin):
     """See `ops_bmojo.rotate`. Tables with gradients, or of other shapes than a call's, are left to the definition."""
-    usual = x.dim() == 4 and cos.dim() == 3 and x.numel() >= _SMALL
+    usual = x.dim() == 4 and cos.dim() == 3 and x.numel() >= _SMALL and sin.shape[-1] == x.shape[-1]
     if not usual or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
         return rotate(x, cos, sin)
     return _Rotation.apply(x, cos, sin)

@@ -120,12 +120,13 @@ class Call:
         past: tokens that came before, (rows,) int64; None where no cache is given, that is: none.
         lengths: real tokens of the call, (rows,) int64; None: all of them are.
         positions: position of every token in its row, (rows or 1, seq_len) int64.
-        table: from positions (...) to cos and sin (..., head_dim); `inverse=True` for the opposite rotation.
+        table: from positions (...) to cos and sin (..., head_dim); `inverse=True` for the opposite rotation. Where only a
+            part of a head is rotated, sin is as wide as that part, and cos 1 beyond it.
         cos, sin: the table at `positions`.
         scaling: the factor that is on them (attention scaling of YaRN; 1 else).
         in_place: states may be overwritten: no gradient is recorded and nothing will be rolled back.
         any_mode: whether torch lets this call write what was made in inference mode.
-        fixed_columns: the keys of `full_attention` have all their room already (`max_cache_len`).
+        fixed_columns: the keys of full attention have all their room already (`max_cache_len`).
         phase: how far into its chunk a row is before the call, (rows, 1) int64; None without past.
         lead: the largest phase, or chunk - 1 where asking would stop a GPU or a compiler.
         step: of a single token with a cache.
@@ -317,6 +318,11 @@ def predictor_weights(config, dtype, device) -> torch.Tensor:
     return torch.ones_like(ages)
 
 
+def score_scale(config) -> float:
+    """The factor on the scores of attention."""
+    return config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
+
+
 def step_plan(config) -> SimpleNamespace:
     """What `make_step` reads of the configuration, whose own attributes are slow to read."""
     names = (
@@ -324,6 +330,7 @@ def step_plan(config) -> SimpleNamespace:
         "innovation_predictor num_attention_heads num_key_value_heads head_dim"
     )
     plan = SimpleNamespace(**{name: getattr(config, name) for name in names.split()})
+    plan.softmax_scale = score_scale(config)
     kinds = sorted(set(config.layers_block_type) & {"sliding_attention", "bmojo"})
     plan.slots = {layer_type: memory_slots(config, layer_type) for layer_type in kinds}
     return plan
@@ -357,11 +364,12 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
     if config.eidetic_size:
         at.insert(1, torch.full_like(at[0], 2 * config.sliding_window))
     cos, sin = table(torch.cat(at, 1)[:, None])
-    factor = torch.ones(cos.shape[2], 1, dtype=dtype, device=device)
-    factor[: cos.shape[2] - keys] = config.head_dim**-0.5
+    rotated = sin.shape[-1]
+    factor = torch.ones(cos.shape[2], 1 if scaling == 1 else cos.shape[-1], dtype=dtype, device=device)
+    factor[: cos.shape[2] - keys] = config.softmax_scale
     if config.eidetic_size and config.eidetic_position == "constant":
-        factor[queries : 2 * queries] *= scaling  # as `eidetic_key`
-    cos, sin = cos * factor, sin * factor
+        factor[queries : 2 * queries, :rotated] *= scaling  # as `eidetic_key`
+    cos, sin = cos * factor, sin * factor[:, :rotated]
 
     ages = torch.arange(config.innovation_kernel, 0, -1, device=device)  # the oldest comes first
     weights = predictor_weights(config, dtype, device).flip(0) * (ages <= position)
@@ -388,6 +396,19 @@ class BMojoRMSNorm(nn.Module):
         return form(x, x.new_ones(x.shape[-1]) if weight is None else weight, self.eps, self.n_groups)
 
 
+class BMojoLayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis, computed in float32 or wider."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.layer_norm(widen(x), self.normalized_shape, widen(self.weight), widen(self.bias), self.eps)
+        return normed.to(x.dtype)
+
+
+def block_norm(config) -> nn.Module:
+    """The norm before a mixer, before an MLP, and at the end of the model."""
+    return (BMojoRMSNorm if config.rms_norm else BMojoLayerNorm)(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class BMojoMLP(nn.Module):
     block = (
         512  # tokens that a CPU takes at once where no gradient is recorded: what lies between stays near the cache
@@ -399,6 +420,7 @@ class BMojoMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act in ("silu", "swish")
+        self.multipliers = config.mlp_multipliers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cpu" and x.shape[1] > self.block and not torch.is_grad_enabled():
@@ -407,7 +429,10 @@ class BMojoMLP(nn.Module):
 
     def _forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(silu_gate(gate, up) if self.is_silu and x.shape[1] > 1 else self.act_fn(gate) * up)
+        if self.multipliers is not None:
+            gate = gate * self.multipliers[0]
+        out = self.down_proj(silu_gate(gate, up) if self.is_silu and x.shape[1] > 1 else self.act_fn(gate) * up)
+        return out if self.multipliers is None else out * self.multipliers[1]
 
 
 class BMojoDynamics(nn.Module):
@@ -473,7 +498,7 @@ class BMojoSSM(nn.Module):
             convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
         )
         self.dynamics = BMojoDynamics(config, kind)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.projectors_bias)
 
     def convolve(self, x, call: Call, state):
         """act_fn(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
@@ -519,6 +544,7 @@ class BMojoMamba2(BMojoSSM):
             eps = config.rms_norm_eps if config.mamba_norm_eps is None else config.mamba_norm_eps
             self.norm = BMojoRMSNorm(self.inner, eps, config.n_groups)
         self.norm_first = config.mamba_rms_norm and config.mamba_norm_before_gate
+        self.multipliers = config.ssm_multipliers
         self.turned, self.normed = config.mamba_use_pos_emb, config.mixer_norm is not None
         if self.normed:
             self.B_norm, self.C_norm = self.input_norm(state_size), self.input_norm(state_size)
@@ -529,6 +555,9 @@ class BMojoMamba2(BMojoSSM):
         if self.branch:
             gate, value, projected = projected.split_with_sizes([self.branch, self.branch, sum(self.sizes)], -1)
             mlp = silu_gate(gate, value)
+        if self.multipliers is not None:
+            parts = projected.split_with_sizes([self.inner, *self.widths, self.sizes[2]], -1)
+            projected = torch.cat([part * by for part, by in zip(parts, self.multipliers, strict=True)], -1)
         z, xbc, dt = projected.split_with_sizes(self.sizes, -1)
         if self.normed or self.turned:
             xbc = self.norm_and_turn(xbc, call)
@@ -623,23 +652,58 @@ class BMojoAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_bias
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias
         )
         self.q_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
+        self.head_dim, self.scale, self.key_multiplier = config.head_dim, score_scale(config), config.key_multiplier
+        self.interleaved = config.rotary_dim if config.rope_interleave else 0
+        self.conv1d = None
+        if config.attention_conv_kernel:
+            channels, taps = self.q_proj.out_features + 2 * kv_size, config.attention_conv_kernel
+            self.conv1d = BMojoConv1d(channels, channels, taps, groups=channels, bias=True, padding=0)
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim))
 
+    def query_heads(self, x):
+        """Projected queries (..., heads * head_dim) to (..., heads, head_dim), as they are before the rotation."""
+        query = self.q_norm(self.heads(x))
+        return self.halves(query) if self.interleaved else query
+
+    def key_heads(self, x):
+        """Projected keys (..., kv heads * head_dim) to (..., kv heads, head_dim), as they are before the rotation."""
+        key = self.k_norm(self.heads(x))
+        if self.key_multiplier != 1:
+            key = key * self.key_multiplier
+        return self.halves(key) if self.interleaved else key
+
+    def halves(self, x):
+        """Entries 2i and 2i + 1, which turn together, moved to i and i + half: scores do not see the order of entries."""
+        front, rest = x.split_with_sizes([self.interleaved, self.head_dim - self.interleaved], -1)
+        return torch.cat([front[..., ::2], front[..., 1::2], rest], -1)
+
+    def project(self, u, call: Call, state):
+        """Queries and keys, rotated, and values, each (rows, seq_len, heads, head_dim); and what of the state this keeps."""
+        query, key, value, kept = self.q_proj(u), self.k_proj(u), self.v_proj(u), {}
+        if self.conv1d is not None:
+            sizes, joint = [query.shape[-1], key.shape[-1], value.shape[-1]], torch.cat([query, key, value], -1)
+            if state is None:
+                history = joint.new_zeros(len(joint), self.conv1d.kernel_size[0] - 1, joint.shape[2])
+            else:
+                history = state["qkv_conv"]
+            kept["qkv_conv"] = last_rows(history, joint, call.lengths)
+            joint = self.conv1d(torch.cat([history.to(joint.dtype), joint], 1).transpose(1, 2)).transpose(1, 2)
+            query, key, value = joint.split_with_sizes(sizes, -1)
+        query, key = self.query_heads(query), self.key_heads(key)
+        return rotate(query, call.cos, call.sin), rotate(key, call.cos, call.sin), self.heads(value), kept
+
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
-        query = rotate(self.q_norm(self.heads(self.q_proj(u))), call.cos, call.sin)
-        key = rotate(self.k_norm(self.heads(self.k_proj(u))), call.cos, call.sin)
-        value = self.heads(self.v_proj(u))
+        query, key, value, kept = self.project(u, call, state)
         if state is not None:
             key, value = self._append(state["full_key"], key, call), self._append(state["full_value"], value, call)
-            state = {"full_key": key, "full_value": value}
+            state = {"full_key": key, "full_value": value, **kept}
         columns = torch.arange(key.shape[1], device=u.device)
         if state is not None:  # columns that hold no token of the row
             key, value = (x.masked_fill((columns >= call.end())[..., None, None], 0) for x in (key, value))
@@ -749,11 +813,9 @@ class BMojoWindowAttention(BMojoAttention):
 
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
-        query = rotate(self.q_norm(self.heads(self.q_proj(u))), call.cos, call.sin)
-        key = rotate(self.k_norm(self.heads(self.k_proj(u))), call.cos, call.sin)
-        value = self.heads(self.v_proj(u))
+        query, key, value, kept = self.project(u, call, state)
         if call.step is not None:
-            state = self.put(state, call, key, value)
+            state = self.put(state, call, key, value) | kept
             mixed = self.attend_to_cache(state, call, query * self.scale)
         else:
             past = 0 if call.past is None else call.past[:, None]
@@ -761,7 +823,7 @@ class BMojoWindowAttention(BMojoAttention):
             mixed = memory_attention(  # without a memory, chunks only say how queries may be cut
                 query, *window, past=call.past, window=self.window, chunk_size=64, scale=self.scale
             )
-            state = None if state is None else self.into_cache(state, {"window": (key, value)}, call)
+            state = None if state is None else self.into_cache(state, {"window": (key, value)}, call) | kept
         return self.o_proj(mixed.flatten(-2)), state, {}
 
 
@@ -848,7 +910,7 @@ class BMojoMixer(BMojoWindowAttention):
     def attend_single(self, u, y, innovation, call: Call, state):
         """The mix for one token of each row, what of the state attention keeps, and the memory of the token's chunk."""
         step = call.step
-        query = self.q_norm(self.heads(self.q_proj(u)))
+        query = self.query_heads(self.q_proj(u))
         if self.fades and self.tied:  # one product for both
             both = torch.cat([u, y], 1)
             key, value = self.k_proj(both), self.v_proj(both)
@@ -857,7 +919,7 @@ class BMojoMixer(BMojoWindowAttention):
             if self.fades:
                 key = torch.cat([key, self.fading_k_proj(y)], 1)
                 value = torch.cat([value, self.fading_v_proj(y)], 1)
-        key, value = self.k_norm(self.heads(key)), self.heads(value)
+        key, value = self.key_heads(key), self.heads(value)
         heads, rings = query.shape[2], key.shape[1]
         queries = [query, query] if self.memory else [query]
         turned = rotate.definition(
@@ -901,7 +963,7 @@ class BMojoMixer(BMojoWindowAttention):
 
     def attend(self, u, y, innovation, call: Call, state):
         """The mix for all tokens, what of the state attention keeps ({} without cache), and the memories of all chunks."""
-        query, key = self.q_norm(self.heads(self.q_proj(u))), self.k_norm(self.heads(self.k_proj(u)))
+        query, key = self.query_heads(self.q_proj(u)), self.key_heads(self.k_proj(u))
         spans = {"window": (rotate(key, call.cos, call.sin), self.heads(self.v_proj(u)))}
         if self.fades:
             spans["fading"] = self.fading_tokens(y, call)
@@ -938,12 +1000,12 @@ class BMojoMixer(BMojoWindowAttention):
         tied = self.tied
         key = (self.k_proj if tied else self.fading_k_proj)(y)
         value = (self.v_proj if tied else self.fading_v_proj)(y)
-        return rotate(self.k_norm(self.heads(key)), call.cos, call.sin), self.heads(value)
+        return rotate(self.key_heads(key), call.cos, call.sin), self.heads(value)
 
     def eidetic_key(self, key, call: Call):
         """Keys of a memory (..., eidetic_size, kv heads, head_dim), turned back by their rank where that counts."""
         if not self.ranked:
-            return key if call.scaling == 1 else key * call.scaling
+            return key if call.scaling == 1 else rotate(key, *call.table(torch.zeros(1, 1, device=key.device)))
         ranks = torch.arange(self.memory, 0, -1, device=key.device)  # the last place holds the newest: rank 1
         return rotate(key, *call.table(-ranks))
 
@@ -1025,10 +1087,28 @@ class BMojoPredictor(nn.Module):
         return predict(y, history, positions, self.weight)
 
 
+class BMojoHybridMixer(BMojoAttention):
+    """Full attention and an SSM side by side: both read the input, and their outputs are added, as in Falcon-H1."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.ssm = SSM_CLASSES[config.ssm_type](config)
+        self.multipliers = [getattr(config, f"{part}_multiplier") for part in ("ssm_in", "attention_in")]
+        self.multipliers += [getattr(config, f"{part}_multiplier") for part in ("ssm_out", "attention_out")]
+
+    def forward(self, u, call: Call, state=None):
+        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
+        ssm_in, attention_in, ssm_out, attention_out = self.multipliers
+        y, kept, _ = self.ssm(u * ssm_in, call, state)
+        mixed, new, _ = super().forward(u * attention_in, call, state)
+        return y * ssm_out + mixed * attention_out, (None if state is None else kept | new), {}
+
+
 MIXER_CLASSES = {
     "bmojo": BMojoMixer,
     "sliding_attention": BMojoWindowAttention,
     "full_attention": BMojoAttention,
+    "hybrid": BMojoHybridMixer,
 }
 
 
@@ -1041,19 +1121,25 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         layer_type = config.layers_block_type[layer_idx]
-        self.input_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = block_norm(config)
         if layer_type in SSM_CLASSES:
             self.mixer = SSM_CLASSES[layer_type](config)
         else:
             self.mixer = MIXER_CLASSES[layer_type](config, layer_idx)
         self.mlp = None
         if config.intermediate_size is not None:
-            self.post_attention_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_attention_layernorm = block_norm(config)
             self.mlp = BMojoMLP(config)
+        self.residual_in_fp32 = config.residual_in_fp32
+
+    def mixer_input(self, hidden_states):
+        """The normed residual stream, in the dtype of the weights."""
+        normed = self.input_layernorm(hidden_states)
+        return normed.to(self.input_layernorm.weight.dtype) if self.residual_in_fp32 else normed
 
     def forward(self, hidden_states, call: Call | PackedCall, state=None):
         """Returns the hidden states, the new state (None without cache), and what a bmojo mixer remembered."""
-        normed = self.input_layernorm(hidden_states)
+        normed = self.mixer_input(hidden_states)
         if isinstance(call, PackedCall):
             mixed, memory = call.mix(self.mixer, normed)
             new_state = None
@@ -1061,7 +1147,10 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             mixed, new_state, memory = self.mixer(normed, call, state)
         hidden_states = hidden_states + mixed
         if self.mlp is not None:
-            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            normed = self.post_attention_layernorm(hidden_states)
+            if self.residual_in_fp32:
+                normed = normed.to(self.post_attention_layernorm.weight.dtype)
+            hidden_states = hidden_states + self.mlp(normed)
         return hidden_states, (None if state is None else new_state), memory
 
 
@@ -1098,6 +1187,9 @@ class BMojoPreTrainedModel(PreTrainedModel):
             module.initialise()
         elif isinstance(module, BMojoRMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, BMojoLayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, BMojoPredictor):
             init.constant_(module.weight, 1 / module.weight.shape[0])
 
@@ -1120,8 +1212,9 @@ class BMojoModel(BMojoPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([BMojoDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = block_norm(config)
         self.gradient_checkpointing = False
+        self.embedding_multiplier, self.residual_in_fp32 = config.embedding_multiplier, config.residual_in_fp32
         self.plan, self.chunk = step_plan(config), config.eidetic_chunk_size
         self.layer_types = list(config.layers_block_type)
         self.post_init()
@@ -1162,6 +1255,8 @@ class BMojoModel(BMojoPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         _check_arguments(self.config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
+        if self.residual_in_fp32:
+            inputs_embeds = widen(inputs_embeds)
         asked_for_cache, use_cache = use_cache, self._use_cache(use_cache, past_key_values)
         cache = past_key_values
         seen, past = 0, None
@@ -1189,6 +1284,8 @@ class BMojoModel(BMojoPreTrainedModel):
 
         back = (lambda x: x) if layout is None else layout.from_rows
         last_hidden_state = back(self.norm(hidden_states))
+        if self.residual_in_fp32:
+            last_hidden_state = last_hidden_state.to(self.norm.weight.dtype)
         losses = [memory["loss"] for memory in memories if "loss" in memory]
         output = BMojoModelOutput(
             last_hidden_state=last_hidden_state,
@@ -1222,7 +1319,8 @@ class BMojoModel(BMojoPreTrainedModel):
                 raise ValueError(
                     f"input_ids run from {low} to {high}; the vocabulary has ids 0 to {size - 1}. Is the tokenizer the model's?"
                 )
-        return self.embed_tokens(input_ids)
+        embeds = self.embed_tokens(input_ids)
+        return embeds if self.embedding_multiplier == 1 else embeds * self.embedding_multiplier
 
     def _use_cache(self, use_cache, past_key_values) -> bool:
         if use_cache is None:
@@ -1269,9 +1367,12 @@ class BMojoModel(BMojoPreTrainedModel):
         """
         dtype = at_least_float32(like)
         inv_freq, scaling = rotary_frequencies(self.config)
+        head_dim = self.plan.head_dim
 
         def table(positions, inverse=False):
             cos, sin = rotary_table(positions, inv_freq, 1 / scaling if inverse else scaling, dtype)
+            if cos.shape[-1] < head_dim:
+                cos = F.pad(cos, (0, head_dim - cos.shape[-1]), value=1.0)
             return (cos, -sin) if inverse else (cos, sin)
 
         positions = torch.arange(seq_len, device=like.device)[None]
@@ -1330,7 +1431,10 @@ class BMojoModel(BMojoPreTrainedModel):
                 kept.append(hidden_states)
             state = None
             if cache is not None:
-                state = cache.layer_state(layer_idx, self.layer_types[layer_idx], hidden_states)
+                like = hidden_states  # what the mixer's input is like
+                if self.residual_in_fp32:
+                    like = like[:, :0].to(layer.input_layernorm.weight.dtype)
+                state = cache.layer_state(layer_idx, self.layer_types[layer_idx], like)
                 if cache.is_recording_past():
                     replays.append(partial(_replay, layer, hidden_states.detach(), call, state))
             hidden_states, state, memory = layer(hidden_states, call, state)
@@ -1343,7 +1447,7 @@ class BMojoModel(BMojoPreTrainedModel):
 def _replay(layer, hidden_states, call: Call, state, lengths):
     """The state of a layer after only the first `lengths` tokens of a call."""
     shorter = replace(call, lengths=lengths.to(hidden_states.device), in_place=False)
-    return layer.mixer(layer.input_layernorm(hidden_states), shorter, state)[1]
+    return layer.mixer(layer.mixer_input(hidden_states), shorter, state)[1]
 
 
 def _check_cache(cache, config):
@@ -1375,17 +1479,17 @@ def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kw
 
 
 @functools.lru_cache(maxsize=8)
-def _default_frequencies(theta: float, head_dim: int) -> torch.Tensor:
+def _default_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
     with torch.inference_mode(False):  # where a first call may be, and a later one not
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim
         return torch.tensor(theta, dtype=torch.float64, device="cpu") ** -exponents
 
 
 def rotary_frequencies(config) -> tuple[torch.Tensor, float]:
-    """inv_freq (head_dim / 2,) and the factor on cos and sin, from the config at use: no buffer that a cast could round."""
-    parameters = config.rope_parameters
-    if parameters["rope_type"] == "default":
-        return _default_frequencies(float(parameters["rope_theta"]), config.head_dim), 1.0
+    """inv_freq (rotary_dim / 2,) and the factor on cos and sin, from the config at use: no buffer that a cast could round."""
+    parameters, rotary_dim = config.rope_parameters, config.rotary_dim
+    if parameters["rope_type"] == "default" or not rotary_dim:
+        return _default_frequencies(float(parameters["rope_theta"]), rotary_dim), 1.0
     return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
 
 
@@ -1398,6 +1502,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BMojoModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head_multiplier = config.lm_head_multiplier
         self.post_init()
 
     @can_return_tuple
@@ -1448,6 +1553,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, keep])
+        if self.lm_head_multiplier != 1:
+            logits = logits * self.lm_head_multiplier
 
         loss = None
         if labels is not None:

@@ -319,12 +319,18 @@ def rotary_table(positions, inv_freq, scaling: float, dtype):
 def rotate(x, cos, sin):
     """Rotate x (..., heads, head_dim) by a `rotary_table` (..., heads or head_dim): computed in float32 or wider, returned in x's dtype.
 
-    cos and sin lack the axis of heads, unless they have as many as x.
+    cos and sin lack the axis of heads, unless they have as many as x. Where sin is narrower than a head, only so many
+    entries at its front are rotated, and the others multiplied by their cos.
     """
     if cos.dim() < x.dim():
         cos, sin = cos[..., None, :], sin[..., None, :]
-    wide = widen(x)
-    turned = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
+    wide, width = widen(x), sin.shape[-1]
+    if width == x.shape[-1]:
+        turned = torch.addcmul(wide * cos, wide.roll(width // 2, -1), sin)
+    else:
+        front = wide[..., :width]
+        front = torch.addcmul(front * cos[..., :width], front.roll(width // 2, -1), sin)
+        turned = torch.cat([front, wide[..., width:] * cos[..., width:]], -1)
     return turned if turned.dtype is x.dtype else turned.to(x.dtype)
 
 

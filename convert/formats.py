@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from .core import Format, Refusal
+from .falcon_h1 import FalconH1
 from .falcon_mamba import FalconMamba
 from .jamba import Jamba
 from .llama import Llama, Mistral, Qwen3
 from .mamba import Mamba, Mamba2
+from .native import Native
 
 
 FORMATS: tuple[Format, ...] = (
@@ -17,6 +19,8 @@ FORMATS: tuple[Format, ...] = (
     Mamba2(),
     FalconMamba(),
     Jamba(),
+    FalconH1(),
+    Native(),
 )
 OURS = "bmojo"
 

@@ -59,21 +59,21 @@ def reference_forward(
         raise ValueError(f"The reference has only default rotary embeddings, got {config.rope_parameters}.")
     weights = {name: tensor.to("cpu", torch.float64) for name, tensor in state_dict.items()}
     embeddings = weights["model.embed_tokens.weight"]
-    x = embeddings[torch.as_tensor(input_ids, dtype=torch.long).cpu()]
+    x = embeddings[torch.as_tensor(input_ids, dtype=torch.long).cpu()] * config.embedding_multiplier
 
     result = Reference(logits=x, hidden=x, hidden_states=[x])
     for layer_idx, layer_type in enumerate(config.layers_block_type):
         layer = under(weights, f"model.layers.{layer_idx}.")
-        u = rms_norm(x, layer["input_layernorm.weight"], config.rms_norm_eps)
+        u = block_norm(config, under(layer, "input_layernorm."), x)
         x = x + mix(config, layer_idx, layer_type, under(layer, "mixer."), u, random_scores, result)
         if config.intermediate_size is not None:
-            u = rms_norm(x, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
+            u = block_norm(config, under(layer, "post_attention_layernorm."), x)
             x = x + swiglu(config, under(layer, "mlp."), u)
         result.hidden_states.append(x)
 
-    result.hidden = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)
+    result.hidden = block_norm(config, under(weights, "model.norm."), x)
     head = embeddings if config.tie_word_embeddings else weights["lm_head.weight"]
-    result.logits = result.hidden @ head.T
+    result.logits = result.hidden @ head.T * config.lm_head_multiplier
     return result
 
 
@@ -89,6 +89,10 @@ def mix(
         out = attention_mixer(config, weights, u, window=len(u))
     elif layer_type == "sliding_attention":
         out = attention_mixer(config, weights, u, window=config.sliding_window)
+    elif layer_type == "hybrid":
+        attended = attention_mixer(config, weights, config.attention_in_multiplier * u, window=len(u))
+        remembered = ssm(config, config.ssm_type, under(weights, "ssm."), config.ssm_in_multiplier * u)
+        out = config.attention_out_multiplier * attended + config.ssm_out_multiplier * remembered
     elif layer_type in ("mamba", "mamba2"):
         out = ssm(config, layer_type, weights, u)
     else:
@@ -115,19 +119,34 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
+def block_norm(config, weights: Weights, x: Tensor) -> Tensor:
+    if config.rms_norm:
+        return rms_norm(x, weights["weight"], config.rms_norm_eps)
+    centred = x - x.mean(-1, keepdim=True)
+    return rms_norm(centred, weights["weight"], config.rms_norm_eps) + weights["bias"]
+
+
 def swiglu(config, weights: Weights, x: Tensor) -> Tensor:
-    gate = ACT2FN[config.hidden_act](linear(weights, "gate_proj", x))
-    return linear(weights, "down_proj", gate * linear(weights, "up_proj", x))
+    gate_factor, factor = config.mlp_multipliers or (1.0, 1.0)
+    gate = ACT2FN[config.hidden_act](gate_factor * linear(weights, "gate_proj", x))
+    return factor * linear(weights, "down_proj", gate * linear(weights, "up_proj", x))
 
 
 def rotate(config, x: Tensor, position: int) -> Tensor:
-    """Rotary embedding of the heads of one token, (heads, head_dim): dimension m turns with dimension m + head_dim/2."""
-    half = config.head_dim // 2
-    exponent = -2.0 * torch.arange(half, dtype=torch.float64) / config.head_dim
-    inv_freq = config.rope_parameters["rope_theta"] ** exponent
-    cos, sin = (position * inv_freq).cos(), (position * inv_freq).sin()
-    first, second = x[:, :half], x[:, half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """Rotary embedding of the heads of one token, (heads, head_dim): dimension m turns with dimension m + rotary_dim/2.
+
+    Or 2m with 2m + 1 under rope_interleave. Dimensions from rotary_dim on stay as they are.
+    """
+    if config.position_embedding_type == "nope":
+        return x
+    rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    turned = x.clone()
+    for m in range(rotary_dim // 2):
+        angle = position * config.rope_parameters["rope_theta"] ** (-2.0 * m / rotary_dim)
+        i, j = (2 * m, 2 * m + 1) if config.rope_interleave else (m, m + rotary_dim // 2)
+        turned[:, i] = x[:, i] * math.cos(angle) - x[:, j] * math.sin(angle)
+        turned[:, j] = x[:, j] * math.cos(angle) + x[:, i] * math.sin(angle)
+    return turned
 
 
 # ---------------------------------------------------------------------------------------------------- attention
@@ -135,15 +154,25 @@ def rotate(config, x: Tensor, position: int) -> Tensor:
 
 def queries_of(config, weights: Weights, u: Tensor) -> Tensor:
     """(T, num_attention_heads, head_dim), not yet rotated."""
-    query = linear(weights, "q_proj", u).view(len(u), config.num_attention_heads, config.head_dim)
+    query = projected(config, weights, u)[0].view(len(u), config.num_attention_heads, config.head_dim)
     return rms_norm(query, weights["q_norm.weight"], config.rms_norm_eps) if config.use_qk_norm else query
+
+
+def projected(config, weights: Weights, u: Tensor, prefix: str = "") -> tuple[Tensor, ...]:
+    """Queries, keys and values of all heads side by side, after the convolution where there is one."""
+    parts = [linear(weights, name, u) for name in ("q_proj", f"{prefix}k_proj", f"{prefix}v_proj")]
+    if not config.attention_conv_kernel:
+        return tuple(parts)
+    return short_conv(weights, torch.cat(parts, -1)).split([part.shape[-1] for part in parts], dim=-1)
 
 
 def keys_and_values_of(config, weights: Weights, u: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
     """Both (T, num_key_value_heads, head_dim), not yet rotated; `prefix` "fading_" takes the fading tokens' own projections."""
-    key = linear(weights, f"{prefix}k_proj", u).view(len(u), config.num_key_value_heads, config.head_dim)
-    value = linear(weights, f"{prefix}v_proj", u).view(len(u), config.num_key_value_heads, config.head_dim)
-    return (rms_norm(key, weights["k_norm.weight"], config.rms_norm_eps) if config.use_qk_norm else key), value
+    _, key, value = projected(config, weights, u, prefix)
+    key = key.view(len(u), config.num_key_value_heads, config.head_dim)
+    value = value.view(len(u), config.num_key_value_heads, config.head_dim)
+    key = rms_norm(key, weights["k_norm.weight"], config.rms_norm_eps) if config.use_qk_norm else key
+    return config.key_multiplier * key, value
 
 
 def attend(config, query: Tensor, t: int, attended: list[tuple[Tensor, Tensor, int]]) -> Tensor:
@@ -155,10 +184,11 @@ def attend(config, query: Tensor, t: int, attended: list[tuple[Tensor, Tensor, i
     keys = torch.stack([rotate(config, key, position) for key, _, position in attended])
     values = torch.stack([value for _, value, _ in attended])
     heads_per_group = config.num_attention_heads // config.num_key_value_heads
+    scale = config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
     out = []
     for head in range(config.num_attention_heads):
         group = head // heads_per_group
-        scores = keys[:, group] @ query[head] * config.head_dim**-0.5
+        scores = keys[:, group] @ query[head] * scale
         out.append(scores.softmax(0) @ values[:, group])
     return torch.cat(out)
 
@@ -273,8 +303,8 @@ def ssm(config, ssm_type: str, weights: Weights, u: Tensor) -> Tensor:
     return {"mamba": mamba, "mamba2": mamba2}[ssm_type](config, weights, u)
 
 
-def causal_conv(config, weights: Weights, x: Tensor) -> Tensor:
-    """Depthwise convolution of every channel with its own past, zeros before the start, then its activation; (T, channels)."""
+def short_conv(weights: Weights, x: Tensor) -> Tensor:
+    """Depthwise convolution of every channel with its own past, zeros before the start; (T, channels)."""
     kernel = weights["conv1d.weight"][:, 0]  # (channels, conv_kernel), the last column for the current token
     width = kernel.shape[1]
     out = []
@@ -283,7 +313,7 @@ def causal_conv(config, weights: Weights, x: Tensor) -> Tensor:
         for back in range(min(width, t + 1)):
             total = total + kernel[:, width - 1 - back] * x[t - back]
         out.append(total + weights["conv1d.bias"] if "conv1d.bias" in weights else total)
-    return ACT2FN[config.mamba_hidden_act](torch.stack(out))
+    return torch.stack(out)
 
 
 def step_size(config, weights: Weights, dt: Tensor) -> Tensor:
@@ -304,15 +334,15 @@ def mamba2(config, weights: Weights, u: Tensor) -> Tensor:
     d_inner, d_mlp = heads * head_dim, config.mamba_d_mlp
     x_heads, B_heads = (config.mamba_num_key_value_heads,) * 2 if config.mamba_num_key_value_heads else (heads, groups)
     sizes = [d_mlp, d_mlp, d_inner, x_heads * head_dim, B_heads * n, groups * n, heads]
-    z0, x0, z, x, B, C, dt = linear(weights, "in_proj", u).split(sizes, dim=-1)
+    z0, x0, *parts = linear(weights, "in_proj", u).split(sizes, dim=-1)
+    z, x, B, C, dt = (part * by for part, by in zip(parts, config.ssm_multipliers or [1.0] * 5, strict=True))
 
     B = mixer_norm(config, weights, "B_norm", B.view(len(u), B_heads, n))
     C = mixer_norm(config, weights, "C_norm", C.view(len(u), groups, n))
     if config.mamba_use_pos_emb:
         B, C = (torch.stack([rotate(config, vectors[t], t) for t in range(len(u))]) for vectors in (B, C))
-    x, B, C = causal_conv(config, weights, torch.cat([x, B.flatten(1), C.flatten(1)], dim=-1)).split(
-        sizes[3:6], dim=-1
-    )
+    x_B_C = short_conv(weights, torch.cat([x, B.flatten(1), C.flatten(1)], dim=-1))
+    x, B, C = ACT2FN[config.mamba_hidden_act](x_B_C).split(sizes[3:6], dim=-1)
     x, B, C = x.view(len(u), x_heads, head_dim), B.view(len(u), B_heads, n), C.view(len(u), groups, n)
     dt = step_size(config, weights, dt)
     A, D = -torch.exp(weights["dynamics.A_log"]), weights["dynamics.D"].view(heads, -1)
@@ -344,7 +374,7 @@ def mamba(config, weights: Weights, u: Tensor) -> Tensor:
     """S6: a diagonal decay per channel, state (d_inner, state_size)."""
     d_inner, n = config.mamba_intermediate_size or config.expand * config.hidden_size, config.state_size
     x, z = linear(weights, "in_proj", u).split([d_inner, d_inner], dim=-1)
-    x = causal_conv(config, weights, x)
+    x = ACT2FN[config.mamba_hidden_act](short_conv(weights, x))
     dt_low, B, C = linear(weights, "x_proj", x).split([config.time_step_rank, n, n], dim=-1)
     dt_low, B, C = (
         mixer_norm(config, weights, name, part) for name, part in (("dt_norm", dt_low), ("B_norm", B), ("C_norm", C))
