@@ -252,6 +252,11 @@ class BMojoConfig(PreTrainedConfig):
             return 0
         return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
+    def validate_rope(self):
+        """Part of `@strict`-powered validation: transformers' own check, which knows no model that rotates nothing."""
+        if self.rotary_dim and (self.has_attention or self.mamba_use_pos_emb):
+            super().validate_rope()
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every value on its own, then the ones that contradict each other."""
         self._check_ranges()
