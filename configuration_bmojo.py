@@ -251,6 +251,13 @@ class BMojoConfig(PreTrainedConfig):
             return 0
         return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
+    def validate_rope(self):
+        """Part of validation: transformers' checks of rotary parameters and head_dim, where anything is rotated."""
+        if (self.has_attention and self.position_embedding_type != "nope") or self.mamba_use_pos_emb:
+            super().validate_rope()
+        else:
+            self.rope_parameters.setdefault("rope_type", "default")
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every value on its own, then the ones that contradict each other."""
         self._check_ranges()
