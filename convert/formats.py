@@ -4,6 +4,8 @@ from pathlib import Path
 
 from .core import Format, Refusal
 from .falcon_h1 import FalconH1
+from .falcon_mamba import FalconMamba
+from .jamba import Jamba
 from .llama import Llama, Mistral, Qwen3
 from .mamba import Mamba, Mamba2
 from .native import Native
@@ -15,8 +17,10 @@ FORMATS: tuple[Format, ...] = (
     Qwen3(),
     Mamba(),
     Mamba2(),
-    Native(),
+    FalconMamba(),
+    Jamba(),
     FalconH1(),
+    Native(),
 )
 OURS = "bmojo"
 

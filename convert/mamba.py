@@ -13,9 +13,10 @@ SAME = (
 
 
 class Mixers(Format):
-    """What both share."""
+    """What all of them share."""
 
     architecture: str
+    layer_type: str  # of ours
     own: str
     neutral: str
 
@@ -28,30 +29,30 @@ class Mixers(Format):
         found = theirs.read(
             config, self.name, used, f"residual_in_fp32 rescale_prenorm_residual layer_types {self.neutral}"
         )
-        if found.hidden_act not in ("silu", "swish"):
-            raise Refusal(f"hidden_act is {found.hidden_act!r}; {self.name} is converted with 'silu'.")
         return found
 
     def to_bmojo(self, config):
         found = self.read(config)
         return {name: getattr(found, name) for name in SAME.split()} | {
             "intermediate_size": None,
-            "hidden_act": "silu",
+            "hidden_act": "silu",  # of an MLP, which there is none
+            "mamba_hidden_act": found.hidden_act,
             "rms_norm_eps": found.layer_norm_epsilon,
-            "layers_block_type": [self.name] * found.num_hidden_layers,
+            "layers_block_type": [self.layer_type] * found.num_hidden_layers,
             **theirs.special_tokens(found),
         }
 
     def from_bmojo(self, config):
         for number, kind in enumerate(config.layers_block_type):
-            if kind != self.name:
+            if kind != self.layer_type:
                 raise Refusal(
-                    f"layers_block_type has {kind!r} for layer {number}; {self.name} has {self.name!r} only."
+                    f"layers_block_type has {kind!r} for layer {number}; {self.name} has {self.layer_type!r} only."
                 )
         if config.intermediate_size is not None:
             raise Refusal(f"intermediate_size is {config.intermediate_size}: layers of {self.name} have no MLP.")
         fields = {name: getattr(config, name) for name in SAME.split()}
-        fields |= {"layer_norm_epsilon": config.rms_norm_eps, **theirs.special_tokens(config)}
+        fields |= {"layer_norm_epsilon": config.rms_norm_eps, "hidden_act": config.mamba_hidden_act}
+        fields |= theirs.special_tokens(config)
         return theirs.write(self.name, self.architecture, fields | self.export_own(config))
 
     def export_own(self, config) -> dict:
@@ -99,30 +100,43 @@ def projections(found, projected: int, convolved: int, inner: int) -> dict[str, 
     return names
 
 
+def selective_mixer(found) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Of Mamba's mixer, as `Mixers.mixer`, from sizes under the names of transformers' MambaConfig."""
+    inner, state, rank = found.intermediate_size, found.state_size, found.time_step_rank
+    return projections(found, 2 * inner, inner, inner) | {
+        "x_proj.weight": ("x_proj.weight", (rank + 2 * state, inner)),
+        "dt_proj.weight": ("dt_proj.weight", (inner, rank)),
+        "dynamics.dt_bias": ("dt_proj.bias", (inner,)),
+        "dynamics.A_log": ("A_log", (inner, state)),
+        "dynamics.D": ("D", (inner,)),
+    }
+
+
 class Mamba(Mixers):
     name, architecture = "mamba", "MambaForCausalLM"
+    layer_type = "mamba"
     own = "time_step_rank"
     neutral = "time_step_scale time_step_init_scheme use_mambapy use_associative_scan"
 
     def to_bmojo(self, config):
-        return super().to_bmojo(config) | {"time_step_rank": self.read(config).time_step_rank}
+        found = self.read(config)
+        inner = found.intermediate_size  # a config.json may give it, against expand * hidden_size
+        return super().to_bmojo(config) | {
+            "time_step_rank": found.time_step_rank,
+            "mamba_intermediate_size": None if inner == found.expand * found.hidden_size else inner,
+        }
 
     def export_own(self, config):
-        return {"time_step_rank": config.time_step_rank}
+        inner = config.mamba_intermediate_size
+        return {"time_step_rank": config.time_step_rank} | ({} if inner is None else {"intermediate_size": inner})
 
     def mixer(self, found):
-        inner, state, rank = found.expand * found.hidden_size, found.state_size, found.time_step_rank
-        return projections(found, 2 * inner, inner, inner) | {
-            "x_proj.weight": ("x_proj.weight", (rank + 2 * state, inner)),
-            "dt_proj.weight": ("dt_proj.weight", (inner, rank)),
-            "dynamics.dt_bias": ("dt_proj.bias", (inner,)),
-            "dynamics.A_log": ("A_log", (inner, state)),
-            "dynamics.D": ("D", (inner,)),
-        }
+        return selective_mixer(found)
 
 
 class Mamba2(Mixers):
     name, architecture = "mamba2", "Mamba2ForCausalLM"
+    layer_type = "mamba2"
     own = "num_heads head_dim n_groups time_step_limit chunk_size"
     neutral = "time_step_rank"  # of Mamba; read by nothing in Mamba2
 
