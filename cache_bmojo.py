@@ -14,7 +14,8 @@ from .numerics_bmojo import at_least_float32
 _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on with it
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim layers_block_type ssm_type sliding_window "
     "state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups eidetic_size eidetic_chunk_size "
-    "eidetic_position innovation_predictor innovation_kernel fading_span tie_attn_weights use_qk_norm rope_parameters"
+    "eidetic_position innovation_predictor innovation_kernel fading_span tie_attn_weights fading_query use_qk_norm rope_parameters "
+    "use_short_conv use_v_conv"
 ).split()
 _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and further while the log holds fewer tokens
 
@@ -48,6 +49,13 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
         shapes["conv"] = ((config.conv_kernel - 1, channels), "model")
         shapes["ssm"] = (state, "wide")
     heads, head_dim = config.num_key_value_heads, config.head_dim
+    if kind in ("gated_deltanet", "gated_kalmanet"):
+        if config.use_short_conv:
+            convolved = config.num_attention_heads + (2 if config.use_v_conv else 1) * heads
+            shapes["conv"] = ((config.conv_kernel - 1, convolved * head_dim), "model")
+        shapes["ssm"] = ((config.num_attention_heads, head_dim, head_dim), "wide")
+        if kind == "gated_kalmanet":
+            shapes["kk_ssm"] = shapes["ssm"]
     if layer_type == "full_attention":
         shapes |= dict.fromkeys(("full_key", "full_value"), ((0, heads, head_dim), "model"))
     slots = memory_slots(config, layer_type)
@@ -146,10 +154,14 @@ class BMojoCache(Cache):
                                 + the bytes of its SSM; with M = 0: 2 kv s w + 2 kv s 2w + the bytes of its SSM
             mamba2              (conv_kernel - 1) (heads head_dim + 2 n_groups state_size) s + heads head_dim state_size W
             mamba               (conv_kernel - 1) expand hidden_size s + expand hidden_size state_size W
+            gated_deltanet      (conv_kernel - 1) (num_attention_heads + 2 num_key_value_heads) head_dim s
+                                + num_attention_heads head_dim^2 W
+            gated_kalmanet      the same, its second term twice
             sliding_attention   2 kv s w
             full_attention      2 kv s (columns seen, or max_cache_len))
 
-    (without `fading_span` a bmojo layer has no 2w term; under a control predictor no innovation_kernel term)
+    (without `fading_span` a bmojo layer has no 2w term; under a control predictor no innovation_kernel term; without
+        `use_v_conv` or `use_short_conv` what is not convolved is not kept)
     so it is allocated whole at the first call and does not grow, unless there are `full_attention` layers.
 
     Args:

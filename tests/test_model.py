@@ -49,8 +49,31 @@ VARIANTS = {
     "no_mlp": {"intermediate_size": None, "tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True, "use_bias": True, "use_conv_bias": False},
     "groups_and_limit": {"n_groups": 2, "time_step_limit": (0.01, 0.3)},
-}
+    "fading_query": {"tie_attn_weights": False, "fading_query": True},
+    "fading_query_norms": {
+        "tie_attn_weights": False, "fading_query": True, "use_qk_norm": True, "eidetic_position": "rank",
+    },
+    "fading_query_alone": {
+        "tie_attn_weights": False, "fading_query": True, "use_qk_norm": True, "eidetic_size": 0,
+    },
+    "deltanet": {"ssm_type": "gated_deltanet", "mamba_norm_eps": 1e-3},
+    "deltanet_options": {
+        "ssm_type": "gated_deltanet", "allow_neg_eigval": True, "use_gate": False, "kv_proj_rank": 3,
+        "kv_learnable_residual": True, "use_conv_bias": False, "use_bias": True,
+    },
+    "deltanet_no_conv": {"ssm_type": "gated_deltanet", "use_short_conv": False, "num_key_value_heads": 1},
+    "kalmanet": {"ssm_type": "gated_kalmanet", "eidetic_size": 0},
+    "kalmanet_options": {
+        "ssm_type": "gated_kalmanet", "use_v_conv": False, "use_beta_gate": False, "use_alpha_connection": False,
+        "use_forgetting_gate_kk": False, "gla_rescale": False, "num_iter": 4, "ridge_strength": 0.3, "kv_proj_rank": 5,
+    },
+    "kalmanet_no_solution": {"ssm_type": "gated_kalmanet", "num_iter": 0, "use_forgetting_gate": False},
+    "delta_layers": {
+        "layers_block_type": ["gated_kalmanet", "sliding_attention", "gated_deltanet", "bmojo"], "num_hidden_layers": 4,
+    },
+}  # fmt: skip
 SOME = ["every_layer", "rank_mamba_untied", "learnable", "chunk_above_window", "no_memory", "random"]
+SOME += ["delta_layers", "fading_query_norms"]
 FEW = SOME[:2]
 NO_REFERENCE = {  # what the reference does not have
     "no_fading": {"fading_span": False, "innovation_predictor": "recent", "eidetic_position": "rank"},
@@ -681,7 +704,7 @@ def test_every_dtype_is_kept_and_finite(tiny_model, variant, dtype, dt_bias):
     for name, tensor in cache.tensors().items():
         kind = name.split(".")[-1]
         wanted = {"lengths": torch.int64, "eidetic_position": torch.int64}.get(kind)
-        wanted = wanted or (wide if kind in ("ssm", "window_innovation", "eidetic_innovation") else dtype)
+        wanted = wanted or (wide if kind in ("ssm", "kk_ssm", "window_innovation", "eidetic_innovation") else dtype)
         assert tensor.dtype == wanted, name
         assert (tensor.isfinite() | (tensor == -torch.inf)).all(), name
     assert all(errors is None or (errors.dtype == wide and errors.isfinite().all()) for errors in first.innovations)
