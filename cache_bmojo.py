@@ -8,13 +8,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .configuration_bmojo import DELTA_TYPES
 from .numerics_bmojo import at_least_float32
 
 
 _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on with it
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim layers_block_type ssm_type sliding_window "
-    "state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups eidetic_size eidetic_chunk_size "
-    "eidetic_position innovation_predictor innovation_kernel fading_span tie_attn_weights fading_query use_qk_norm rope_parameters "
+    "state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups mamba_num_key_value_heads "
+    "mamba_intermediate_size mamba_use_pos_emb eidetic_size eidetic_chunk_size eidetic_position innovation_predictor "
+    "innovation_kernel fading_span tie_attn_weights use_qk_norm rope_parameters fading_query "
     "use_short_conv use_v_conv"
 ).split()
 _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and further while the log holds fewer tokens
@@ -23,8 +25,9 @@ _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and furthe
 def _differences(described: dict, config) -> str:
     """Fields in which a configuration differs from a description of one, in words."""
     now = json.loads(json.dumps({name: getattr(config, name) for name in _FINGERPRINT}))
-    fields = [name for name in now if described.get(name) != now[name]]
-    return ", ".join(f"{name} ({described.get(name)} there, {now[name]} here)" for name in fields)
+    then = {name: described.get(name, getattr(type(config), name, None)) for name in now}  # an older file lacks fields
+    fields = [name for name in now if then[name] != now[name]]
+    return ", ".join(f"{name} ({then[name]} there, {now[name]} here)" for name in fields)
 
 
 def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -39,20 +42,15 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
     kind = config.ssm_type if layer_type == "bmojo" else layer_type
     shapes = {}
     if kind in ("mamba", "mamba2"):
-        if kind == "mamba2":
-            inner = config.mamba_num_heads * config.mamba_head_dim
-            channels = inner + 2 * config.n_groups * config.state_size
-            state = (config.mamba_num_heads, config.mamba_head_dim, config.state_size)
-        else:
-            channels = config.expand * config.hidden_size
-            state = (channels, config.state_size)
+        channels = sum(convolved_widths(config, kind))
+        state = (channels,) if kind == "mamba" else (config.mamba_num_heads, config.mamba_head_dim)
+        state = (*state, config.state_size)
         shapes["conv"] = ((config.conv_kernel - 1, channels), "model")
         shapes["ssm"] = (state, "wide")
     heads, head_dim = config.num_key_value_heads, config.head_dim
-    if kind in ("gated_deltanet", "gated_kalmanet"):
+    if kind in DELTA_TYPES:
         if config.use_short_conv:
-            convolved = config.num_attention_heads + (2 if config.use_v_conv else 1) * heads
-            shapes["conv"] = ((config.conv_kernel - 1, convolved * head_dim), "model")
+            shapes["conv"] = ((config.conv_kernel - 1, sum(convolved_widths(config, kind))), "model")
         shapes["ssm"] = ((config.num_attention_heads, head_dim, head_dim), "wide")
         if kind == "gated_kalmanet":
             shapes["kk_ssm"] = shapes["ssm"]
@@ -69,6 +67,19 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
         if config.innovation_predictor in ("average", "exponential", "learnable"):
             shapes["history"] = ((config.innovation_kernel, config.hidden_size), "model")
     return shapes
+
+
+def convolved_widths(config, kind: str) -> list[int]:
+    """Channels that the SSM's convolution runs over: of x for "mamba", of x, B and C for "mamba2", else of q, k and v."""
+    if kind in DELTA_TYPES:
+        parts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        taken = (3 if config.use_v_conv else 2) if config.use_short_conv else 0
+        return [heads * config.head_dim for heads in parts[:taken]]
+    if kind == "mamba":
+        return [config.mamba_intermediate_size or config.expand * config.hidden_size]
+    own = config.mamba_num_key_value_heads
+    x, B = (config.mamba_num_heads, config.n_groups) if own is None else (own, own)
+    return [x * config.mamba_head_dim, B * config.state_size, config.n_groups * config.state_size]
 
 
 def memory_slots(config, layer_type: str) -> dict[str, slice]:
@@ -152,8 +163,9 @@ class BMojoCache(Cache):
         rows * (8 + sum over layers of
             bmojo               2 kv s (w + c) + W (w + c) + 2 kv s 2w + M (2 kv s + W + 8) + innovation_kernel hidden_size s
                                 + the bytes of its SSM; with M = 0: 2 kv s w + 2 kv s 2w + the bytes of its SSM
-            mamba2              (conv_kernel - 1) (heads head_dim + 2 n_groups state_size) s + heads head_dim state_size W
-            mamba               (conv_kernel - 1) expand hidden_size s + expand hidden_size state_size W
+            mamba2              (conv_kernel - 1) (heads head_dim + 2 n_groups state_size) s + heads head_dim state_size W;
+                                with g = mamba_num_key_value_heads the middle factor is g (head_dim + state_size) + n_groups state_size
+            mamba               (conv_kernel - 1) inner s + inner state_size W, inner = expand hidden_size or mamba_intermediate_size
             gated_deltanet      (conv_kernel - 1) (num_attention_heads + 2 num_key_value_heads) head_dim s
                                 + num_attention_heads head_dim^2 W
             gated_kalmanet      the same, its second term twice

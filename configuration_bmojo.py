@@ -28,6 +28,7 @@ AUTO_MAP = {
 DELTA_TYPES = ("gated_deltanet", "gated_kalmanet")  # the SSMs whose heads are those of attention
 SSM_TYPES = ("mamba", "mamba2", *DELTA_TYPES)
 LAYER_TYPES = ("bmojo", *SSM_TYPES, "sliding_attention", "full_attention")
+MIXER_NORMS = (None, "learned", "weightless")
 EIDETIC_POSITIONS = ("constant", "rank")
 LEARNED_CHOICES = ("average", "exponential", "learnable")  # predictors that look at the SSM's output
 CONTROL_CHOICES = ("random", "recent", "oldest")
@@ -54,8 +55,24 @@ class BMojoConfig(PreTrainedConfig):
         state_size (`int`, *optional*): SSM state per channel; 64 for `mamba2`, 16 for `mamba` where None. A list of layers
             that mixes both kinds of SSM shares it.
         mamba_num_heads, mamba_head_dim, n_groups: heads of `mamba2`, channels per head, groups that share B and C.
-        time_step_limit (`list[float]`, *optional*): the SSM's time step is clamped to this range; None: no limit.
-        mamba_norm_eps (`float`, *optional*): epsilon of an SSM's output norm; `rms_norm_eps` where None.
+        mamba_num_key_value_heads (`int`, *optional*): so many heads of x and B in `mamba2`, each repeated for several
+            heads of C after the convolution, as keys and values are in attention; n_groups must then be mamba_num_heads. None:
+            x has mamba_num_heads, B has n_groups.
+        mamba_intermediate_size (`int`, *optional*): inner width of `mamba`; `expand * hidden_size` where None. That of
+            `mamba2` is mamba_num_heads * mamba_head_dim.
+        mamba_d_mlp (`int`): width of a gated MLP inside the `mamba2` mixer, beside the SSM; 0 for none.
+        mamba_hidden_act (`str`): activation after the SSM's convolution. Its gates are silu.
+        mixer_norm (`str`, *optional*): RMSNorm inside the SSM: `"learned"`, or `"weightless"` as in Falcon-Mamba. In `mamba` on
+            dt, B and C (as in Jamba), in `mamba2` on B and C per head, before the convolution. None: no norm.
+        mixer_rms_eps (`float`): its epsilon.
+        mamba_use_pos_emb (`bool`): rotary positions on B and C of `mamba2` before the convolution, from the same table as
+            attention's; state_size must then be head_dim.
+        mamba_rms_norm (`bool`): whether `mamba2` normalises its gated output, in n_groups groups.
+        mamba_norm_before_gate (`bool`): where mamba_rms_norm, whether the norm comes before the gate instead of behind it.
+        mamba_norm_eps (`float`, *optional*): epsilon of that norm, and of the output norm of GDN and GKA; rms_norm_eps where None.
+        D_has_hdim (`bool`): D of `mamba2` has an entry for every channel instead of every head.
+        time_step_limit (`list[float]`, *optional*): the SSM's time step is clamped to this range, whose upper end may be
+            infinite; None: no limit.
         chunk_size (`int`): tokens per block of the SSM scan. Changes speed, not results.
         use_short_conv (`bool`): GDN and GKA: a short convolution before the silu of queries, keys and values.
         use_v_conv (`bool`): GDN and GKA: the convolution and its silu are for values, too, which else have neither.
@@ -123,14 +140,24 @@ class BMojoConfig(PreTrainedConfig):
     mamba_num_heads: int | None = None
     mamba_head_dim: int = 64
     n_groups: int = 1
+    mamba_num_key_value_heads: int | None = None
+    mamba_intermediate_size: int | None = None
+    mamba_d_mlp: int = 0
+    mamba_hidden_act: str = "silu"
+    mixer_norm: str | None = None
+    mixer_rms_eps: float = 1e-6
+    mamba_use_pos_emb: bool = False
+    mamba_rms_norm: bool = True
+    mamba_norm_before_gate: bool = False
+    mamba_norm_eps: float | None = None
+    D_has_hdim: bool = False
     time_step_rank: int | None = None
-    time_step_limit: list[float] | tuple[float, ...] | None = None
+    time_step_limit: list[float | dict] | tuple[float, ...] | None = None
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     use_bias: bool = False
     use_conv_bias: bool = True
-    mamba_norm_eps: float | None = None
     chunk_size: int = 64
 
     use_short_conv: bool = True
@@ -179,7 +206,13 @@ class BMojoConfig(PreTrainedConfig):
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         if self.time_step_limit is not None:
-            self.time_step_limit = [float(bound) for bound in self.time_step_limit]
+            # transformers writes an infinite bound as this dict, since JSON has none, and reads it back from files only
+            bounds = [math.inf if bound == {"__float__": "Infinity"} else bound for bound in self.time_step_limit]
+            if any(isinstance(bound, dict) for bound in bounds):
+                raise ValueError(
+                    f"time_step_limit is {bounds}; it must be None or two numbers, 0 <= lowest < highest."
+                )
+            self.time_step_limit = [float(bound) for bound in bounds]
         if self.initializer_range is None:
             self.initializer_range = max(1, self.hidden_size) ** -0.5
         super().__post_init__(**kwargs)
@@ -219,24 +252,27 @@ class BMojoConfig(PreTrainedConfig):
             raise ValueError(f"intermediate_size is {self.intermediate_size}; use None for layers without MLP.")
         if self.eidetic_size < 0:
             raise ValueError(f"eidetic_size is {self.eidetic_size}; it must be 0 (no eidetic memory) or more.")
-        for name in ("mamba_norm_eps", "kv_proj_rank"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be None, or positive and finite.")
+        if self.mamba_d_mlp < 0:
+            raise ValueError(f"mamba_d_mlp is {self.mamba_d_mlp}; it must be 0 (no MLP inside the mixer) or more.")
+        for name in ("mamba_num_key_value_heads", "mamba_intermediate_size", "kv_proj_rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be None or at least 1.")
         if self.num_iter < 0:
             raise ValueError(f"num_iter is {self.num_iter}; it must be 0 (queries as they are) or more.")
-        positive = "rms_norm_eps initializer_range time_step_min time_step_max time_step_floor ridge_strength"
+        positive = (
+            "rms_norm_eps initializer_range time_step_min time_step_max time_step_floor mixer_rms_eps mamba_norm_eps "
+            "ridge_strength"
+        )
         for name in positive.split():
-            if not 0 < getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite.")
         if not 0 <= self.innovation_loss_coef < math.inf:
             raise ValueError(f"innovation_loss_coef is {self.innovation_loss_coef}; it must be 0 or more, and finite.")
         if self.time_step_min > self.time_step_max:
             raise ValueError(f"time_step_min {self.time_step_min} is above time_step_max {self.time_step_max}.")
         limit = self.time_step_limit
-        if limit is not None and not (len(limit) == 2 and 0 <= limit[0] < limit[1] < math.inf):
-            raise ValueError(
-                f"time_step_limit is {limit}; it must be None or two finite numbers, 0 <= lowest < highest."
-            )
+        if limit is not None and not (len(limit) == 2 and 0 <= limit[0] < limit[1]):
+            raise ValueError(f"time_step_limit is {limit}; it must be None or two numbers, 0 <= lowest < highest.")
         for name in ("pad_token_id", "bos_token_id"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name} is {getattr(self, name)}; ids run from 0 to vocab_size - 1.")
@@ -249,6 +285,7 @@ class BMojoConfig(PreTrainedConfig):
             )
         choices = [("layers_block_type", kind, LAYER_TYPES) for kind in self.layers_block_type] + [
             ("ssm_type", self.ssm_type, SSM_TYPES),
+            ("mixer_norm", self.mixer_norm, MIXER_NORMS),
             ("eidetic_position", self.eidetic_position, EIDETIC_POSITIONS),
             ("innovation_predictor", self.innovation_predictor, LEARNED_CHOICES + CONTROL_CHOICES),
             ("rope_parameters['rope_type']", self.rope_parameters.get("rope_type", "default"), ROPE_TYPES),
@@ -256,10 +293,11 @@ class BMojoConfig(PreTrainedConfig):
         for name, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{name} has {value!r}; allowed are {', '.join(map(repr, allowed))}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act is {self.hidden_act!r}; allowed are transformers' {', '.join(sorted(ACT2FN))}."
-            )
+        for name in ("hidden_act", "mamba_hidden_act"):
+            if getattr(self, name) not in ACT2FN:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; allowed are transformers' {', '.join(sorted(ACT2FN))}."
+                )
         if not 0 < self.rope_parameters["rope_theta"] < math.inf:
             raise ValueError(f"rope_theta is {self.rope_parameters['rope_theta']}; it must be positive and finite.")
         if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
@@ -278,6 +316,23 @@ class BMojoConfig(PreTrainedConfig):
                 f"mamba_num_heads {self.mamba_num_heads} is not a multiple of n_groups {self.n_groups}; heads of a group "
                 "share B and C."
             )
+        if "mamba2" in self.ssm_types:
+            self._check_mamba2_heads()
+
+    def _check_mamba2_heads(self):
+        grouped = self.mamba_num_key_value_heads
+        if grouped is not None and (self.mamba_num_heads % grouped or self.n_groups != self.mamba_num_heads):
+            raise ValueError(
+                f"mamba_num_key_value_heads is {grouped}: it must divide mamba_num_heads {self.mamba_num_heads}, and "
+                f"n_groups {self.n_groups} must equal that, since every head then has a C of its own."
+            )
+        if self.mamba_use_pos_emb and self.state_size != self.head_dim:
+            raise ValueError(
+                f"mamba_use_pos_emb: B and C share attention's rotary table, so state_size {self.state_size} must be "
+                f"head_dim {self.head_dim}."
+            )
+        if self.mamba_use_pos_emb and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number.")
 
     def _check_memory(self):
         if self.fading_query and (self.tie_attn_weights or not self.fading_span):

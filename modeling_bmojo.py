@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
-from .cache_bmojo import BMojoCache, cache_bytes, memory_slots
+from .cache_bmojo import BMojoCache, cache_bytes, convolved_widths, memory_slots
 from .configuration_bmojo import AUTO_MAP, DELTA_TYPES, LEARNED_CHOICES, BMojoConfig
 from .delta_ops_bmojo import delta_step, kalman_step
 from .kernels_bmojo import (
@@ -380,16 +380,17 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
 
 
 class BMojoRMSNorm(nn.Module):
-    """RMSNorm over the last axis, or over groups of it; statistics in float32 or wider."""
+    """RMSNorm over the last axis, or over groups of it, with or without weight; statistics in float32 or wider."""
 
-    def __init__(self, size: int, eps: float, n_groups: int = 1):
+    def __init__(self, size: int, eps: float, n_groups: int = 1, learned: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size)) if learned else None
         self.eps, self.n_groups = eps, n_groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         form = rms_norm if x.shape[1] > 1 else rms_norm.definition  # choosing would cost a single token as much
-        return form(x, self.weight, self.eps, self.n_groups)
+        weight = self.weight
+        return form(x, x.new_ones(x.shape[-1]) if weight is None else weight, self.eps, self.n_groups)
 
 
 class BMojoMLP(nn.Module):
@@ -421,12 +422,13 @@ class BMojoDynamics(nn.Module):
         super().__init__()
         if kind == "mamba2":
             channels, decays = config.mamba_num_heads, (config.mamba_num_heads,)
+            skips = channels * (config.mamba_head_dim if config.D_has_hdim else 1)
         else:
-            channels = config.expand * config.hidden_size
+            channels = skips = sum(convolved_widths(config, kind))
             decays = (channels, config.state_size)
         self.kind, self.config, self.limit = kind, config, config.time_step_limit
         self.A_log = nn.Parameter(torch.zeros(decays))
-        self.D = nn.Parameter(torch.ones(channels))
+        self.D = nn.Parameter(torch.ones(skips))
         self.dt_bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, dt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -493,6 +495,7 @@ class BMojoSSM(nn.Module):
     def __init__(self, config, projected: int, convolved: int, inner: int, kind: str):
         super().__init__()
         self.config = config
+        self.act_fn = F.silu if config.mamba_hidden_act in ("silu", "swish") else ACT2FN[config.mamba_hidden_act]
         self.taps, self.chunk_size = config.conv_kernel, config.chunk_size
         self.in_proj = nn.Linear(config.hidden_size, projected, bias=config.use_bias)
         if convolved:
@@ -503,7 +506,7 @@ class BMojoSSM(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
 
     def convolve(self, x, call: Call, state):
-        """silu(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
+        """act_fn(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
         size = self.taps - 1
         history = x.new_zeros(x.shape[0], size, x.shape[2]) if state is None else state["conv"]
         inputs = torch.cat([history.to(x.dtype), x], 1)
@@ -512,7 +515,11 @@ class BMojoSSM(nn.Module):
             last = last.clone() if call.step is None else last  # not to keep all inputs
         else:
             last = take_rows(inputs, call.lengths[:, None] + torch.arange(size, device=x.device))
-        return F.silu(self.conv1d(inputs.transpose(1, 2)).transpose(1, 2)), last
+        return self.act_fn(self.conv1d(inputs.transpose(1, 2)).transpose(1, 2)), last
+
+    def input_norm(self, size: int) -> BMojoRMSNorm:
+        """A norm inside the mixer, as `mixer_norm` wants it."""
+        return BMojoRMSNorm(size, self.config.mixer_rms_eps, learned=self.config.mixer_norm == "learned")
 
     def time_step(self, dt, call: Call):
         """dt, A and D; dt is 0 behind a row's last token, which then leaves the state as it is."""
@@ -522,36 +529,71 @@ class BMojoSSM(nn.Module):
 
 
 class BMojoMamba2(BMojoSSM):
-    """Mamba2's mixer (arXiv 2405.21060): a complete layer from (rows, seq_len, hidden_size) to the same."""
+    """Mamba2's mixer (arXiv 2405.21060): a complete layer from (rows, seq_len, hidden_size) to the same.
+
+    Rows of in_proj: gate and value of the MLP branch (`mamba_d_mlp` each), z, x, B, C, dt; out_proj reads the branch, then the SSM.
+    """
 
     def __init__(self, config):
-        self.heads, self.groups = (config.mamba_num_heads, config.mamba_head_dim), (config.n_groups, config.state_size)
-        self.inner = config.mamba_num_heads * config.mamba_head_dim
-        self.grouped = config.n_groups * config.state_size
-        convolved = self.inner + 2 * self.grouped
-        projected = self.inner + convolved + config.mamba_num_heads
-        super().__init__(config, projected, convolved, self.inner, "mamba2")
-        self.norm = BMojoRMSNorm(self.inner, config.rms_norm_eps, config.n_groups)
+        heads, head_dim, state_size = config.mamba_num_heads, config.mamba_head_dim, config.state_size
+        self.inner, self.branch = heads * head_dim, config.mamba_d_mlp
+        self.widths = convolved_widths(config, "mamba2")
+        self.sizes = [self.inner, sum(self.widths), heads]
+        super().__init__(config, 2 * self.branch + sum(self.sizes), self.sizes[1], self.branch + self.inner, "mamba2")
+        vectors = (head_dim, state_size, state_size)  # of x, B and C
+        self.vectors = [(width // size, size) for width, size in zip(self.widths, vectors, strict=True)]
+        self.repeats = heads // (config.mamba_num_key_value_heads or heads)
+        self.D_shape = heads, head_dim if config.D_has_hdim else 1
+        self.norm = None
+        if config.mamba_rms_norm:
+            eps = config.rms_norm_eps if config.mamba_norm_eps is None else config.mamba_norm_eps
+            self.norm = BMojoRMSNorm(self.inner, eps, config.n_groups)
+        self.norm_first = config.mamba_rms_norm and config.mamba_norm_before_gate
+        self.turned, self.normed = config.mamba_use_pos_emb, config.mixer_norm is not None
+        if self.normed:
+            self.B_norm, self.C_norm = self.input_norm(state_size), self.input_norm(state_size)
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
-        sizes = [self.inner, self.inner + 2 * self.grouped, self.heads[0]]
-        z, xbc, dt = self.in_proj(u).split_with_sizes(sizes, -1)
+        projected, mlp = self.in_proj(u), None
+        if self.branch:
+            gate, value, projected = projected.split_with_sizes([self.branch, self.branch, sum(self.sizes)], -1)
+            mlp = silu_gate(gate, value)
+        z, xbc, dt = projected.split_with_sizes(self.sizes, -1)
+        if self.normed or self.turned:
+            xbc = self.norm_and_turn(xbc, call)
         xbc, conv = self.convolve(xbc, call, state)
-        x, B, C = xbc.split_with_sizes([self.inner, self.grouped, self.grouped], -1)
+        x, B, C = xbc.split_with_sizes(self.widths, -1)
         dt, A, D = self.time_step(dt, call)
         shape = u.shape[:2] if call.step is None else u.shape[:1]
-        x, B, C = x.reshape(*shape, *self.heads), B.reshape(*shape, *self.groups), C.reshape(*shape, *self.groups)
+        x_heads, B_heads, C_heads = self.vectors
+        x, B, C = x.reshape(*shape, *x_heads), B.reshape(*shape, *B_heads), C.reshape(*shape, *C_heads)
+        if self.repeats > 1:
+            x, B = x.repeat_interleave(self.repeats, -2), B.repeat_interleave(self.repeats, -2)
         if call.step is None:
             y, ssm = ssd_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.chunk_size)
         else:
             y, ssm = ssd_step(x, dt[:, 0], A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
-        y = torch.addcmul(y, D[:, None], x.to(y.dtype)).reshape(z.shape).to(u.dtype)
-        return (
-            self.out_proj(self.norm(silu_gate(z, y) if call.step is None else F.silu(z) * y)),
-            {"conv": conv, "ssm": ssm},
-            {},
-        )
+        y = torch.addcmul(y, D.view(self.D_shape), x.to(y.dtype)).reshape(z.shape).to(u.dtype)
+        y = self.gated(z, y, silu_gate if call.step is None else silu_gate.definition)
+        return self.out_proj(y if mlp is None else torch.cat([mlp, y], -1)), {"conv": conv, "ssm": ssm}, {}
+
+    def norm_and_turn(self, xbc, call: Call):
+        """x, B and C with B and C normalised per head and rotated, as far as the configuration wants it."""
+        x, B, C = xbc.split_with_sizes(self.widths, -1)
+        B, C = B.unflatten(-1, self.vectors[1]), C.unflatten(-1, self.vectors[2])
+        if self.normed:
+            B, C = self.B_norm(B), self.C_norm(C)
+        if self.turned:
+            B, C = rotate(B, call.cos, call.sin), rotate(C, call.cos, call.sin)
+        return torch.cat([x, B.flatten(-2), C.flatten(-2)], -1)
+
+    def gated(self, z, y, gate: Callable):
+        """The SSM's output y with its gate and, where there is one, its norm."""
+        if self.norm_first:
+            return gate(z, self.norm(y))
+        y = gate(z, y)
+        return y if self.norm is None else self.norm(y)
 
 
 class BMojoTimeStepProjection(nn.Linear):
@@ -562,17 +604,22 @@ class BMojoMamba(BMojoSSM):
     """Mamba's mixer (arXiv 2312.00752): a complete layer from (rows, seq_len, hidden_size) to the same."""
 
     def __init__(self, config):
-        inner = config.expand * config.hidden_size
+        (inner,) = convolved_widths(config, "mamba")
         super().__init__(config, 2 * inner, inner, inner, "mamba")
         self.sizes = [config.time_step_rank, config.state_size, config.state_size]
         self.x_proj = nn.Linear(inner, config.time_step_rank + 2 * config.state_size, bias=False)
         self.dt_proj = BMojoTimeStepProjection(config.time_step_rank, inner, bias=False)
+        self.normed = config.mixer_norm is not None
+        if self.normed:
+            self.dt_norm, self.B_norm, self.C_norm = (self.input_norm(size) for size in self.sizes)
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
         x, z = self.in_proj(u).chunk(2, -1)
         x, conv = self.convolve(x, call, state)
         dt, B, C = self.x_proj(x).split_with_sizes(self.sizes, -1)
+        if self.normed:
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         dt, A, D = self.time_step(self.dt_proj(dt), call)
         if call.step is None:
             y, ssm = selective_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.chunk_size)
@@ -598,10 +645,11 @@ class BMojoDelta(BMojoSSM):
         self.sizes = [part * head_dim for part in (heads, kv_heads, kv_heads)]
         gate = heads * head_dim if config.use_gate else 0
         self.parts = [sum(self.sizes), gate, heads, *more]
-        convolved = sum(self.sizes[: 3 if config.use_v_conv else 2]) if config.use_short_conv else 0
+        convolved = sum(convolved_widths(config, kind))
         super().__init__(config, sum(self.parts), convolved, heads * head_dim, kind)
         self.convolved, self.gated = convolved, config.use_gate
-        self.norm = BMojoRMSNorm(head_dim, config.mamba_norm_eps or config.rms_norm_eps)
+        eps = config.rms_norm_eps if config.mamba_norm_eps is None else config.mamba_norm_eps
+        self.norm = BMojoRMSNorm(head_dim, eps)
         if config.kv_proj_rank is not None and heads > kv_heads:
             self.expand_k, self.expand_v = BMojoHeadExpansion(config), BMojoHeadExpansion(config)
         else:
@@ -612,7 +660,7 @@ class BMojoDelta(BMojoSSM):
         qkv, *others = self.in_proj(u).split_with_sizes(self.parts, -1)
         kept = {}
         if not self.convolved:
-            qkv = F.silu(qkv)
+            qkv = self.act_fn(qkv)
         elif self.convolved == qkv.shape[-1]:
             qkv, kept["conv"] = self.convolve(qkv, call, state)
         else:

@@ -280,8 +280,8 @@ def ssm(config, ssm_type: str, weights: Weights, u: Tensor) -> Tensor:
     return kinds[ssm_type](config, weights, u)
 
 
-def causal_conv(weights: Weights, x: Tensor) -> Tensor:
-    """Depthwise convolution of every channel with its own past, zeros before the start, then silu; (T, channels)."""
+def causal_conv(config, weights: Weights, x: Tensor) -> Tensor:
+    """Depthwise convolution of every channel with its own past, zeros before the start, then its activation; (T, channels)."""
     kernel = weights["conv1d.weight"][:, 0]  # (channels, conv_kernel), the last column for the current token
     width = kernel.shape[1]
     out = []
@@ -289,8 +289,8 @@ def causal_conv(weights: Weights, x: Tensor) -> Tensor:
         total = torch.zeros_like(x[t])
         for back in range(min(width, t + 1)):
             total = total + kernel[:, width - 1 - back] * x[t - back]
-        out.append(F.silu(total + weights["conv1d.bias"] if "conv1d.bias" in weights else total))
-    return torch.stack(out)
+        out.append(total + weights["conv1d.bias"] if "conv1d.bias" in weights else total)
+    return ACT2FN[config.mamba_hidden_act](torch.stack(out))
 
 
 def step_size(config, weights: Weights, dt: Tensor) -> Tensor:
@@ -298,35 +298,64 @@ def step_size(config, weights: Weights, dt: Tensor) -> Tensor:
     return F.softplus(dt + weights["dynamics.dt_bias"]).clamp(low, high)
 
 
+def mixer_norm(config, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """The norm inside a mixer: over the last axis, with a weight that the heads share or with none."""
+    if config.mixer_norm is None:
+        return x
+    return rms_norm(x, weights[f"{name}.weight"] if config.mixer_norm == "learned" else 1.0, config.mixer_rms_eps)
+
+
 def mamba2(config, weights: Weights, u: Tensor) -> Tensor:
-    """SSD: one scalar decay per head, state (head_dim, state_size) per head."""
+    """SSD: one scalar decay per head, state (head_dim, state_size) per head; beside it an MLP where mamba_d_mlp says so."""
     heads, head_dim, groups, n = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.state_size
-    d_inner = heads * head_dim
-    z, x_B_C, dt = linear(weights, "in_proj", u).split([d_inner, d_inner + 2 * groups * n, heads], dim=-1)
-    x, B, C = causal_conv(weights, x_B_C).split([d_inner, groups * n, groups * n], dim=-1)
+    d_inner, d_mlp = heads * head_dim, config.mamba_d_mlp
+    x_heads, B_heads = (config.mamba_num_key_value_heads,) * 2 if config.mamba_num_key_value_heads else (heads, groups)
+    sizes = [d_mlp, d_mlp, d_inner, x_heads * head_dim, B_heads * n, groups * n, heads]
+    z0, x0, z, x, B, C, dt = linear(weights, "in_proj", u).split(sizes, dim=-1)
+
+    B = mixer_norm(config, weights, "B_norm", B.view(len(u), B_heads, n))
+    C = mixer_norm(config, weights, "C_norm", C.view(len(u), groups, n))
+    if config.mamba_use_pos_emb:
+        B, C = (torch.stack([rotate(config, vectors[t], t) for t in range(len(u))]) for vectors in (B, C))
+    x, B, C = causal_conv(config, weights, torch.cat([x, B.flatten(1), C.flatten(1)], dim=-1)).split(
+        sizes[3:6], dim=-1
+    )
+    x, B, C = x.view(len(u), x_heads, head_dim), B.view(len(u), B_heads, n), C.view(len(u), groups, n)
     dt = step_size(config, weights, dt)
-    A, D = -torch.exp(weights["dynamics.A_log"]), weights["dynamics.D"]
+    A, D = -torch.exp(weights["dynamics.A_log"]), weights["dynamics.D"].view(heads, -1)
 
     state = [torch.zeros(head_dim, n, dtype=u.dtype) for _ in range(heads)]
     out = []
     for t in range(len(u)):
-        x_t, B_t, C_t = x[t].view(heads, head_dim), B[t].view(groups, n), C[t].view(groups, n)
         y_t = []
         for h in range(heads):
-            group = h // (heads // groups)
-            state[h] = torch.exp(A[h] * dt[t, h]) * state[h] + dt[t, h] * torch.outer(x_t[h], B_t[group])
-            y_t.append(state[h] @ C_t[group] + D[h] * x_t[h])
-        gated = (torch.cat(y_t) * F.silu(z[t])).view(groups, d_inner // groups)
-        out.append(rms_norm(gated, weights["norm.weight"].view(groups, -1), config.rms_norm_eps).view(d_inner))
+            x_h, B_h, C_h = x[t, h * x_heads // heads], B[t, h * B_heads // heads], C[t, h * groups // heads]
+            state[h] = torch.exp(A[h] * dt[t, h]) * state[h] + dt[t, h] * torch.outer(x_h, B_h)
+            y_t.append(state[h] @ C_h + D[h] * x_h)
+        y_t = gated(config, weights, torch.cat(y_t), z[t])
+        out.append(torch.cat([F.silu(z0[t]) * x0[t], y_t]))
     return linear(weights, "out_proj", torch.stack(out))
+
+
+def gated(config, weights: Weights, y: Tensor, z: Tensor) -> Tensor:
+    """Gate and norm of the output of one token, (d_inner,): the norm within each group of channels."""
+    if not config.mamba_rms_norm:
+        return y * F.silu(z)
+    y = y if config.mamba_norm_before_gate else y * F.silu(z)
+    eps = config.mamba_norm_eps or config.rms_norm_eps
+    y = torch.cat([rms_norm(group, 1.0, eps) for group in y.chunk(config.n_groups)]) * weights["norm.weight"]
+    return y * F.silu(z) if config.mamba_norm_before_gate else y
 
 
 def mamba(config, weights: Weights, u: Tensor) -> Tensor:
     """S6: a diagonal decay per channel, state (d_inner, state_size)."""
-    d_inner, n = config.expand * config.hidden_size, config.state_size
+    d_inner, n = config.mamba_intermediate_size or config.expand * config.hidden_size, config.state_size
     x, z = linear(weights, "in_proj", u).split([d_inner, d_inner], dim=-1)
-    x = causal_conv(weights, x)
+    x = causal_conv(config, weights, x)
     dt_low, B, C = linear(weights, "x_proj", x).split([config.time_step_rank, n, n], dim=-1)
+    dt_low, B, C = (
+        mixer_norm(config, weights, name, part) for name, part in (("dt_norm", dt_low), ("B_norm", B), ("C_norm", C))
+    )
     dt = step_size(config, weights, linear(weights, "dt_proj", dt_low))
     A, D = -torch.exp(weights["dynamics.A_log"]), weights["dynamics.D"]
 
@@ -344,7 +373,7 @@ def delta_parts(config, weights: Weights, u: Tensor, more: int) -> tuple[Tensor,
     sizes = [heads * d, kv_heads * d, kv_heads * d, heads * d if config.use_gate else 0, heads, more]
     *qkv, gate, dt, rest = linear(weights, "in_proj", u).split(sizes, dim=-1)
     if not config.use_short_conv:
-        qkv = [F.silu(x) for x in qkv]
+        qkv = [ACT2FN[config.mamba_hidden_act](x) for x in qkv]
     elif config.use_v_conv:
         qkv = causal_conv(weights, torch.cat(qkv, -1)).split(sizes[:3], dim=-1)
     else:

@@ -1,10 +1,12 @@
 """The cache: its size to the byte, its rows, storage and rollback, and that nothing in it is read before it is written."""
 
 import copy
+import json
 from functools import partial
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,7 +27,16 @@ SIZES = {  # every layer type, and every choice that adds or drops a tensor
     "bmojo-control": {"innovation_predictor": "random"},
     "bmojo-learnable": {"innovation_predictor": "learnable", "innovation_kernel": 2, "n_groups": 2},
     "mamba2": ONE_LAYER | {"layers_block_type": ["mamba2"], "n_groups": 3},
+    "mamba2-grouped": ONE_LAYER
+    | {
+        "layers_block_type": ["mamba2"],
+        "mamba_num_key_value_heads": 2,
+        "n_groups": 6,
+        "mamba_d_mlp": 5,
+        "D_has_hdim": True,
+    },
     "mamba": ONE_LAYER | {"layers_block_type": ["mamba"], "conv_kernel": 2},
+    "mamba-wide": ONE_LAYER | {"layers_block_type": ["mamba"], "mamba_intermediate_size": 31, "mixer_norm": "learned"},
     "sliding_attention": ONE_LAYER | {"layers_block_type": ["sliding_attention"]},
     "full_attention": ONE_LAYER | {"layers_block_type": ["full_attention"]},
     "mixed": MIXED,
@@ -35,7 +46,10 @@ STREAMED = {  # what rows, rollback and storage are tried on
     "bmojo-mamba": {"ssm_type": "mamba", "eidetic_position": "rank"},
     "wide-chunks": {"eidetic_chunk_size": 7, "sliding_window": 4, "innovation_predictor": "learnable"},
     "mixed": MIXED,
-}
+    "state-expansion": {
+        "mamba_num_key_value_heads": 3, "n_groups": 6, "state_size": 6, "mixer_norm": "learned", "mamba_use_pos_emb": True,
+    },
+}  # fmt: skip
 
 
 def by_name(cases: dict) -> dict:
@@ -102,10 +116,12 @@ def bytes_by_formula(config, rows: int, dtype: torch.dtype, columns: int) -> int
     kv = config.num_key_value_heads * config.head_dim
     w, c, memory = config.sliding_window, config.eidetic_chunk_size, config.eidetic_size
     heads, head_dim, n = config.mamba_num_heads, config.mamba_head_dim, config.state_size
-    channels = config.expand * config.hidden_size
+    channels = config.mamba_intermediate_size or config.expand * config.hidden_size
+    convolved = heads * head_dim + 2 * config.n_groups * n
+    if grouped := config.mamba_num_key_value_heads:
+        convolved = grouped * (head_dim + n) + config.n_groups * n
     sizes = {
-        "mamba2": (config.conv_kernel - 1) * (heads * head_dim + 2 * config.n_groups * n) * s
-        + heads * head_dim * n * wide,
+        "mamba2": (config.conv_kernel - 1) * convolved * s + heads * head_dim * n * wide,
         "mamba": (config.conv_kernel - 1) * channels * s + channels * n * wide,
         "sliding_attention": 2 * kv * s * w,
         "full_attention": 2 * kv * s * columns,
@@ -306,6 +322,24 @@ def test_load_refuses_another_model(tiny_model, tiny_config, tmp_path):
         ValueError, match=r"another configuration: sliding_window \(5 there, 6 here\), rope_parameters"
     ):
         BMojoCache.load(tmp_path / "cache.safetensors", other)
+
+
+def test_load_knows_files_from_before_a_field(tiny_model, tmp_path):
+    """A field that a file does not name had its default when the file was written."""
+    model = tiny_model()
+    cache = BMojoCache(model.config)
+    read(model, cache, random_ids(1, 4))
+    cache.save(path := tmp_path / "cache.safetensors")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    fields = json.loads(metadata["config"])
+    del fields["mamba_use_pos_emb"], fields["mamba_num_key_value_heads"]
+    save_file(load_file(path), path, metadata | {"config": json.dumps(fields)})
+    BMojoCache.load(path, model.config)
+    del fields["sliding_window"]  # 512 by default, 5 here
+    save_file(load_file(path), path, metadata | {"config": json.dumps(fields)})
+    with pytest.raises(ValueError, match=r"another configuration: sliding_window \(512 there, 5 here\)"):
+        BMojoCache.load(path, model.config)
 
 
 def test_load_refuses_other_files(tiny_config, tmp_path):

@@ -326,9 +326,17 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     *(
         (
             {"time_step_limit": value},
-            "time_step_limit is .*; it must be None or two finite numbers, 0 <= lowest < highest",
+            "time_step_limit is .*; it must be None or two numbers, 0 <= lowest < highest",
         )
-        for value in ([0.1], [0.1, 0.2, 0.3], (0.0, math.inf), [0.5, 0.1], [0.1, 0.1], [-0.1, 0.1], [math.nan, 1.0])
+        for value in (
+            [0.1],
+            [0.1, 0.2, 0.3],
+            (math.inf, math.inf),
+            [0.5, 0.1],
+            [0.1, 0.1],
+            [-0.1, 0.1],
+            [math.nan, 1.0],
+        )
     ),
     ({"pad_token_id": 97}, "pad_token_id is 97; ids run from 0 to vocab_size - 1"),
     ({"bos_token_id": -1}, "bos_token_id is -1; ids run from 0"),
@@ -342,6 +350,23 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
     ({"head_dim": 5}, "head_dim is 5; rotary embeddings need an even number"),
     ({"n_groups": 4}, "mamba_num_heads 6 is not a multiple of n_groups 4"),
+    ({"mamba_d_mlp": -1}, "mamba_d_mlp is -1; it must be 0 .no MLP inside the mixer. or more"),
+    ({"mamba_intermediate_size": 0}, "mamba_intermediate_size is 0; it must be None or at least 1"),
+    ({"mamba_num_key_value_heads": 0}, "mamba_num_key_value_heads is 0; it must be None or at least 1"),
+    (
+        {"mamba_num_key_value_heads": 4, "n_groups": 6},
+        "mamba_num_key_value_heads is 4: it must divide mamba_num_heads 6",
+    ),
+    ({"mamba_num_key_value_heads": 3}, "mamba_num_key_value_heads is 3: .* n_groups 1 must equal that"),
+    ({"mamba_hidden_act": "sillu"}, "mamba_hidden_act is 'sillu'; allowed are transformers' .*silu"),
+    ({"mixer_norm": "rms"}, "mixer_norm has 'rms'; allowed are None, 'learned', 'weightless'"),
+    ({"mixer_rms_eps": 0.0}, "mixer_rms_eps is 0.0; it must be positive and finite"),
+    ({"mamba_norm_eps": math.inf}, "mamba_norm_eps is inf; it must be positive and finite"),
+    ({"mamba_use_pos_emb": True}, "mamba_use_pos_emb: .* so state_size 4 must be head_dim 6"),
+    (
+        {"mamba_use_pos_emb": True, "layers_block_type": ["mamba2"] * 2, "head_dim": 5, "state_size": 5},
+        "head_dim is 5; rotary embeddings need an even number",
+    ),
     ({"fading_span": False}, "innovation_predictor 'average' with fading_span=False: .* Set fading_span=True"),
     ({"fading_span": False, "innovation_predictor": "learnable"}, "innovation_predictor 'learnable' with fading_span"),
     ({"fading_span": False, "eidetic_size": 0}, "leave a bmojo layer only its window; use 'sliding_attention'"),
@@ -390,6 +415,8 @@ def test_heads_that_do_not_divide(tiny_config):
         {"n_groups": 4, "ssm_type": "mamba"},
         {"intermediate_size": None, "eidetic_size": 0},
         {"innovation_loss_coef": 0.0, "time_step_limit": [0.0, 1.0]},
+        {"time_step_limit": [0.0, math.inf], "mamba_rms_norm": False, "mamba_norm_before_gate": True},
+        {"mamba_num_key_value_heads": 4, "mamba_use_pos_emb": True, "ssm_type": "mamba"},
     ],
     ids=named,
 )
@@ -409,6 +436,12 @@ CONFIGS = {
     "derived": {"head_dim": None, "num_key_value_heads": None, "ssm_type": "mamba", "state_size": None},
     "none": {"intermediate_size": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None},
     "rope": rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e-3 + 1e6),
+    "infinite": {
+        "time_step_limit": (0.01, math.inf),
+        "D_has_hdim": True,
+        "mixer_norm": "weightless",
+        "mamba_norm_eps": 1e-5,
+    },
     "floats": {"rms_norm_eps": 1e-7 / 3, "initializer_range": 0.1 + 0.2, "innovation_loss_coef": 0.0},
 }
 

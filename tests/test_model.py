@@ -71,9 +71,24 @@ VARIANTS = {
     "delta_layers": {
         "layers_block_type": ["gated_kalmanet", "sliding_attention", "gated_deltanet", "bmojo"], "num_hidden_layers": 4,
     },
+    "state_expansion": {  # Mamba2 as the authors' checkpoints have it
+        "mamba_num_key_value_heads": 3, "mamba_num_heads": 6, "n_groups": 6, "state_size": 6, "mixer_norm": "learned",
+        "mixer_rms_eps": 1e-2, "mamba_use_pos_emb": True, "mamba_norm_eps": 1e-1,
+    },
+    "mamba2_options": {
+        "mamba_d_mlp": 10, "D_has_hdim": True, "mamba_norm_before_gate": True, "n_groups": 3, "mixer_norm": "weightless",
+        "time_step_limit": (0.1, math.inf), "mamba_hidden_act": "gelu", "layers_block_type": ["mamba2", "bmojo"],
+    },
+    "mamba2_without_norm": {"mamba_rms_norm": False, "mamba_d_mlp": 3, "mamba_num_heads": 2, "conv_kernel": 2},
+    "jamba": {
+        "layers_block_type": ["mamba", "full_attention"], "mixer_norm": "learned", "mamba_hidden_act": "relu",
+        "mamba_intermediate_size": 35,
+    },
+    "falcon_mamba": {"ssm_type": "mamba", "mixer_norm": "weightless", "mixer_rms_eps": 1e-2, "intermediate_size": None},
 }  # fmt: skip
 SOME = ["every_layer", "rank_mamba_untied", "learnable", "chunk_above_window", "no_memory", "random"]
 SOME += ["delta_layers", "fading_query_norms"]
+SOME_SSM = ["state_expansion", "mamba2_options", "jamba"]
 FEW = SOME[:2]
 NO_REFERENCE = {  # what the reference does not have
     "no_fading": {"fading_span": False, "innovation_predictor": "recent", "eidetic_position": "rank"},
@@ -237,7 +252,7 @@ def test_streaming_is_parallel(make, form, variant):
     assert_streaming_is_parallel(make(variant), 1e-9)
 
 
-@pytest.mark.parametrize("variant", SOME)
+@pytest.mark.parametrize("variant", SOME + SOME_SSM)
 def test_streaming_is_parallel_in_single_precision(make, variant):
     assert_streaming_is_parallel(make(variant, torch.float32), 1e-4)
 
@@ -283,7 +298,7 @@ def test_gradients_flow_through_cached_calls(make, form):
 # ---------------------------------------------------------------------------- causality
 
 
-@in_forms(SOME)
+@in_forms(SOME + SOME_SSM, FEW)
 @pytest.mark.parametrize("cached", [False, True])
 @torch.no_grad()
 def test_the_past_does_not_see_the_future(make, form, variant, cached):
@@ -312,7 +327,7 @@ def test_appended_tokens_change_nothing(make, variant):
         assert rel_error(model(ids[:, :seq_len], use_cache=False).logits, want[:, :seq_len]) < 1e-9
 
 
-@in_forms(SOME)
+@in_forms(SOME + SOME_SSM, FEW)
 def test_gradients_reach_only_the_past(make, form, variant):
     model = make(variant)
     embeds = model.model.embed_tokens(tokens(1, 4 * W)).detach().requires_grad_()
@@ -339,7 +354,7 @@ def padded(side, lengths=LENGTHS, width=24, seed=2):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
-@pytest.mark.parametrize("variant", SOME)
+@pytest.mark.parametrize("variant", SOME + SOME_SSM)
 @torch.no_grad()
 def test_padded_rows_are_rows_alone(make, variant, side):
     """Logits, every cache tensor after them, and 30 steps of decoding from there."""
@@ -432,7 +447,7 @@ def boundaries(how):
 
 
 @pytest.mark.parametrize("how", ["seq_idx", "cu_seq_lens", "both_cu_seq_lens", "position_ids", "falling_position_ids"])
-@pytest.mark.parametrize("variant", ["every_layer", "mamba", "learnable", "chunk_above_window"])
+@pytest.mark.parametrize("variant", ["every_layer", "mamba", "learnable", "chunk_above_window", *SOME_SSM])
 def test_packed_is_separate(make, variant, how):
     """Logits, memory, loss and gradients. In training mode: the learnable predictor's own loss counts too."""
     model = make(variant).train()
@@ -684,7 +699,7 @@ def test_a_cast_leaves_the_rotary_table(tiny_model, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("variant", ["every_layer", "rank_mamba_untied", "learnable", "qk_norm"])
+@pytest.mark.parametrize("variant", ["every_layer", "rank_mamba_untied", "learnable", "qk_norm", *SOME_SSM])
 @pytest.mark.parametrize("dt_bias", [None, -20.0, 20.0])
 def test_every_dtype_is_kept_and_finite(tiny_model, variant, dtype, dt_bias):
     model = tiny_model(dtype=dtype, **VARIANTS[variant]).train()
