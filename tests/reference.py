@@ -375,9 +375,9 @@ def delta_parts(config, weights: Weights, u: Tensor, more: int) -> tuple[Tensor,
     if not config.use_short_conv:
         qkv = [ACT2FN[config.mamba_hidden_act](x) for x in qkv]
     elif config.use_v_conv:
-        qkv = causal_conv(weights, torch.cat(qkv, -1)).split(sizes[:3], dim=-1)
+        qkv = causal_conv(config, weights, torch.cat(qkv, -1)).split(sizes[:3], dim=-1)
     else:
-        qkv = [*causal_conv(weights, torch.cat(qkv[:2], -1)).split(sizes[:2], dim=-1), qkv[2]]
+        qkv = [*causal_conv(config, weights, torch.cat(qkv[:2], -1)).split(sizes[:2], dim=-1), qkv[2]]
     q = qkv[0].view(len(u), heads, d)
     keys_and_values = []
     for name, x in zip(("expand_k.", "expand_v."), qkv[1:], strict=True):
