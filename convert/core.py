@@ -28,7 +28,9 @@ class Piece:
 def assemble(pieces: list[Piece], read: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
     """Concatenate pieces along the first axis; `read` returns the rows that a piece names, (stop - start, ...)."""
     parts = [read(piece) for piece in pieces]
-    parts = [part if piece.shape is None else part.reshape(piece.shape) for piece, part in zip(pieces, parts, strict=True)]
+    parts = [
+        part if piece.shape is None else part.reshape(piece.shape) for piece, part in zip(pieces, parts, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -81,3 +83,16 @@ class Format:
     def ignored(self, config: dict) -> dict[str, str]:
         """Source tensors that may be present and carry nothing: name (or regular expression) to the reason."""
         return {}
+
+    def original(self, config: dict, folder: Path):
+        """The original implementation with a source's weights in float32, for `--verify`: a model that gives `.logits`.
+
+        Raises:
+            Refusal: there is none to compare with; says why.
+        """
+        from transformers import AutoModelForCausalLM
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise Refusal(f"transformers has no implementation of {self.name} to compare with.")
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)

@@ -1,0 +1,163 @@
+"""Mamba and Mamba2 as transformers has them: layers of one mixer each, without MLP."""
+
+import math
+
+from . import theirs
+from .core import Format, Piece, Refusal
+
+
+SAME = (
+    "vocab_size hidden_size num_hidden_layers state_size conv_kernel expand use_bias use_conv_bias time_step_min "
+    "time_step_max time_step_floor initializer_range tie_word_embeddings use_cache"
+)
+
+
+class Mixers(Format):
+    """What both share."""
+
+    architecture: str
+    own: str
+    neutral: str
+
+    @property
+    def model_types(self):
+        return (self.name,)
+
+    def read(self, config: dict):
+        used = f"{SAME} layer_norm_epsilon hidden_act intermediate_size {self.own}"
+        found = theirs.read(
+            config, self.name, used, f"residual_in_fp32 rescale_prenorm_residual layer_types {self.neutral}"
+        )
+        if found.hidden_act not in ("silu", "swish"):
+            raise Refusal(f"hidden_act is {found.hidden_act!r}; {self.name} is converted with 'silu'.")
+        return found
+
+    def to_bmojo(self, config):
+        found = self.read(config)
+        return {name: getattr(found, name) for name in SAME.split()} | {
+            "intermediate_size": None,
+            "hidden_act": "silu",
+            "rms_norm_eps": found.layer_norm_epsilon,
+            "layers_block_type": [self.name] * found.num_hidden_layers,
+            **theirs.special_tokens(found),
+        }
+
+    def from_bmojo(self, config):
+        for number, kind in enumerate(config.layers_block_type):
+            if kind != self.name:
+                raise Refusal(
+                    f"layers_block_type has {kind!r} for layer {number}; {self.name} has {self.name!r} only."
+                )
+        if config.intermediate_size is not None:
+            raise Refusal(f"intermediate_size is {config.intermediate_size}: layers of {self.name} have no MLP.")
+        fields = {name: getattr(config, name) for name in SAME.split()}
+        fields |= {"layer_norm_epsilon": config.rms_norm_eps, **theirs.special_tokens(config)}
+        return theirs.write(self.name, self.architecture, fields | self.export_own(config))
+
+    def export_own(self, config) -> dict:
+        raise NotImplementedError
+
+    def mixer(self, found) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Of one mixer: name in ours, name in theirs and shape."""
+        raise NotImplementedError
+
+    def names(self, found) -> dict[str, tuple[str, tuple[int, ...]]]:
+        size, embedding = found.hidden_size, (found.vocab_size, found.hidden_size)
+        names = {"model.embed_tokens.weight": ("backbone.embeddings.weight", embedding)}
+        for layer in range(found.num_hidden_layers):
+            here, there = f"model.layers.{layer}.", f"backbone.layers.{layer}."
+            names[f"{here}input_layernorm.weight"] = (f"{there}norm.weight", (size,))
+            for ours, (name, shape) in self.mixer(found).items():
+                names[f"{here}mixer.{ours}"] = (f"{there}mixer.{name}", shape)
+        names["model.norm.weight"] = ("backbone.norm_f.weight", (size,))
+        if not found.tie_word_embeddings:
+            names["lm_head.weight"] = ("lm_head.weight", embedding)
+        return names
+
+    def tensors(self, config):
+        return {ours: [Piece(name)] for ours, (name, _) in self.names(self.read(config)).items()}
+
+    def shapes(self, config):
+        return dict(self.names(self.read(config)).values())
+
+    def duplicates(self, config):
+        return {"lm_head.weight": "backbone.embeddings.weight"} if self.read(config).tie_word_embeddings else {}
+
+
+def projections(found, projected: int, convolved: int, inner: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The linears and the convolution that both kinds of mixer have."""
+    names = {
+        "in_proj.weight": ("in_proj.weight", (projected, found.hidden_size)),
+        "conv1d.weight": ("conv1d.weight", (convolved, 1, found.conv_kernel)),
+        "out_proj.weight": ("out_proj.weight", (found.hidden_size, inner)),
+    }
+    if found.use_bias:
+        names["in_proj.bias"] = ("in_proj.bias", (projected,))
+        names["out_proj.bias"] = ("out_proj.bias", (found.hidden_size,))
+    if found.use_conv_bias:
+        names["conv1d.bias"] = ("conv1d.bias", (convolved,))
+    return names
+
+
+class Mamba(Mixers):
+    name, architecture = "mamba", "MambaForCausalLM"
+    own = "time_step_rank"
+    neutral = "time_step_scale time_step_init_scheme use_mambapy use_associative_scan"
+
+    def to_bmojo(self, config):
+        return super().to_bmojo(config) | {"time_step_rank": self.read(config).time_step_rank}
+
+    def export_own(self, config):
+        return {"time_step_rank": config.time_step_rank}
+
+    def mixer(self, found):
+        inner, state, rank = found.expand * found.hidden_size, found.state_size, found.time_step_rank
+        return projections(found, 2 * inner, inner, inner) | {
+            "x_proj.weight": ("x_proj.weight", (rank + 2 * state, inner)),
+            "dt_proj.weight": ("dt_proj.weight", (inner, rank)),
+            "dynamics.dt_bias": ("dt_proj.bias", (inner,)),
+            "dynamics.A_log": ("A_log", (inner, state)),
+            "dynamics.D": ("D", (inner,)),
+        }
+
+
+class Mamba2(Mixers):
+    name, architecture = "mamba2", "Mamba2ForCausalLM"
+    own = "num_heads head_dim n_groups time_step_limit chunk_size"
+    neutral = "time_step_rank"  # of Mamba; read by nothing in Mamba2
+
+    def read(self, config):
+        found = super().read(config)
+        if found.num_heads % found.n_groups:
+            raise Refusal(f"num_heads {found.num_heads} is not a multiple of n_groups {found.n_groups}.")
+        return found
+
+    def to_bmojo(self, config):
+        found = self.read(config)
+        low, high = found.time_step_limit
+        return super().to_bmojo(config) | {
+            "mamba_num_heads": found.num_heads,
+            "mamba_head_dim": found.head_dim,
+            "n_groups": found.n_groups,
+            "chunk_size": found.chunk_size,
+            "time_step_limit": None if (low, high) == (0, math.inf) else [low, high],
+        }
+
+    def export_own(self, config):
+        return {
+            "num_heads": config.mamba_num_heads,
+            "head_dim": config.mamba_head_dim,
+            "n_groups": config.n_groups,
+            "chunk_size": config.chunk_size,
+            "time_step_limit": config.time_step_limit or [0.0, math.inf],
+        }
+
+    def mixer(self, found):
+        heads = found.num_heads
+        inner, grouped = heads * found.head_dim, found.n_groups * found.state_size
+        return projections(found, 2 * inner + 2 * grouped + heads, inner + 2 * grouped, inner) | {
+            "norm.weight": ("norm.weight", (inner,)),
+            "dynamics.dt_bias": ("dt_bias", (heads,)),
+            "dynamics.A_log": ("A_log", (heads,)),
+            "dynamics.D": ("D", (heads,)),
+        }

@@ -1,0 +1,120 @@
+"""Where a source is: a folder, or files fetched from the Hub; and what comes along besides weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+from .core import Refusal
+from .read import read_json
+
+
+TOKENIZER = (  # file names, * for anything
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+ALONG = ("generation_config.json", "LICENSE*", "NOTICE*", *TOKENIZER)
+CONFIGURATION = "config.json"
+SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+
+
+def locate(source: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder that holds a source; of a Hub repository only the files that a conversion reads are fetched.
+
+    Raises:
+        Refusal: there is no such folder, and no such repository that can be reached.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise Refusal(f"--revision {revision}: {source} is a folder, which has no revisions.")
+        return folder
+    if folder.exists():
+        raise Refusal(f"{source} is a file; name the folder that it is in.")
+    return fetch(source, revision, weights)
+
+
+def fetch(repository: str, revision: str | None, weights: bool) -> Path:
+    """Download to the Hub's cache, or find there, what is needed of a repository."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    def download(*patterns):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*patterns]))
+
+    try:
+        folder = download(CONFIGURATION, *ALONG, *(SAFETENSORS if weights else ()))
+        if weights and not any(folder.glob(pattern) for pattern in SAFETENSORS if any(folder.glob(pattern))):
+            folder = download(CONFIGURATION, *ALONG, *PICKLES)
+    except HFValidationError as error:
+        raise Refusal(f"there is no folder {repository}, and it cannot be a repository of the Hub: {error}") from error
+    except RepositoryNotFoundError as error:
+        raise Refusal(
+            f"there is no folder {repository}, and no repository of this name on the Hub that you may read "
+            "(`hf auth login` for private and gated ones)."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise Refusal(f"the Hub's {repository} has no revision {revision}.") from error
+    except OSError as error:  # no network, and nothing in the cache
+        raise Refusal(f"there is no folder {repository}, and the Hub is out of reach: {first_line(error)}") from error
+    return folder
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def copy_along(source: Path, tokenizer: Path | None, destination: Path, model_type: str | None) -> list[str]:
+    """Copy generation config, licence and tokenizer, the latter from another folder where one is given.
+
+    Args:
+        source: the folder that is converted.
+        tokenizer: the folder of the tokenizer; None: the source, where it has one.
+        destination: where to.
+        model_type: what transformers chooses a tokenizer class by, where its files name none.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        Refusal: a tokenizer was asked for, and the folder has none.
+    """
+    found = {path: source for path in files(source, ALONG)}
+    if tokenizer is not None:
+        theirs = files(tokenizer, TOKENIZER)
+        if not any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in theirs):
+            raise Refusal(f"--tokenizer {tokenizer}: this folder holds no tokenizer.")
+        own = set(files(source, TOKENIZER))
+        found = {path: source for path in found if path not in own} | {path: tokenizer for path in theirs}
+    for path, root in found.items():
+        copy = destination / path.relative_to(root)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    name_tokenizer_class(destination / "tokenizer_config.json", model_type)
+    return [path.name for path in found]
+
+
+def name_tokenizer_class(path: Path, model_type: str | None) -> None:
+    """Where a tokenizer_config.json leaves its class to the model's type, which changes, write it down."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    if not path.is_file():
+        return
+    fields = read_json(path)
+    if fields.get("tokenizer_class") or fields.get("auto_map"):
+        return
+    fields["tokenizer_class"] = TOKENIZER_MAPPING_NAMES.get(model_type) or "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
