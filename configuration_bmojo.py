@@ -407,7 +407,12 @@ class BMojoConfig(PreTrainedConfig):
                 f"mamba_use_pos_emb: B and C share attention's rotary table, so state_size {self.state_size} must be "
                 f"head_dim {self.head_dim}."
             )
-        if self.mamba_use_pos_emb and self.head_dim % 2:
+        if self.mamba_use_pos_emb and (self.rope_interleave or self.position_embedding_type != "rope"):
+            raise ValueError(
+                "mamba_use_pos_emb rotates B and C by halves: it needs position_embedding_type='rope' and "
+                "rope_interleave=False."
+            )
+        if self.mamba_use_pos_emb and self.rotary_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number.")
 
     def _check_factors(self):

@@ -385,6 +385,10 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     ({"mixer_rms_eps": 0.0}, "mixer_rms_eps is 0.0; it must be positive and finite"),
     ({"mamba_norm_eps": math.inf}, "mamba_norm_eps is inf; it must be positive and finite"),
     ({"mamba_use_pos_emb": True}, "mamba_use_pos_emb: .* so state_size 4 must be head_dim 6"),
+    *(
+        ({"mamba_use_pos_emb": True, "state_size": 6} | other, "mamba_use_pos_emb rotates B and C by halves: it needs")
+        for other in ({"rope_interleave": True}, {"position_embedding_type": "nope"})
+    ),
     (
         {"mamba_use_pos_emb": True, "layers_block_type": ["mamba2"] * 2, "head_dim": 5, "state_size": 5},
         "head_dim is 5; rotary embeddings need an even number",
