@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .configuration_bmojo import DELTA_TYPES
 from .numerics_bmojo import at_least_float32
 
 
@@ -16,7 +17,8 @@ _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on
     "state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups mamba_num_key_value_heads "
     "mamba_intermediate_size mamba_use_pos_emb eidetic_size eidetic_chunk_size eidetic_position innovation_predictor "
     "innovation_kernel fading_span tie_attn_weights use_qk_norm rope_parameters "
-    "position_embedding_type rope_interleave key_multiplier attention_conv_kernel"
+    "position_embedding_type rope_interleave key_multiplier attention_conv_kernel fading_query "
+    "use_short_conv use_v_conv"
 ).split()
 GROWING = ("full_key", "full_value")  # the tensors of a state that hold every column seen
 _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and further while the log holds fewer tokens
@@ -48,6 +50,12 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
         shapes["conv"] = ((config.conv_kernel - 1, channels), "model")
         shapes["ssm"] = (state, "wide")
     heads, head_dim = config.num_key_value_heads, config.head_dim
+    if kind in DELTA_TYPES:
+        if config.use_short_conv:
+            shapes["conv"] = ((config.conv_kernel - 1, sum(convolved_widths(config, kind))), "model")
+        shapes["ssm"] = ((config.num_attention_heads, head_dim, head_dim), "wide")
+        if kind == "gated_kalmanet":
+            shapes["kk_ssm"] = shapes["ssm"]
     if layer_type in ("full_attention", "hybrid"):
         shapes |= dict.fromkeys(GROWING, ((0, heads, head_dim), "model"))
     if config.attention_conv_kernel and layer_type in ("full_attention", "sliding_attention", "hybrid"):
@@ -67,7 +75,11 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
 
 
 def convolved_widths(config, kind: str) -> list[int]:
-    """Channels that the SSM's convolution runs over: of x for "mamba", of x, B and C for "mamba2"."""
+    """Channels that the SSM's convolution runs over: of x for "mamba", of x, B and C for "mamba2", else of q, k and v."""
+    if kind in DELTA_TYPES:
+        parts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        taken = (3 if config.use_v_conv else 2) if config.use_short_conv else 0
+        return [heads * config.head_dim for heads in parts[:taken]]
     if kind == "mamba":
         return [config.mamba_intermediate_size or config.expand * config.hidden_size]
     own = config.mamba_num_key_value_heads
@@ -159,13 +171,17 @@ class BMojoCache(Cache):
             mamba2              (conv_kernel - 1) (heads head_dim + 2 n_groups state_size) s + heads head_dim state_size W;
                                 with g = mamba_num_key_value_heads the middle factor is g (head_dim + state_size) + n_groups state_size
             mamba               (conv_kernel - 1) inner s + inner state_size W, inner = expand hidden_size or mamba_intermediate_size
+            gated_deltanet      (conv_kernel - 1) (num_attention_heads + 2 num_key_value_heads) head_dim s
+                                + num_attention_heads head_dim^2 W
+            gated_kalmanet      the same, its second term twice
             sliding_attention   2 kv s w
             full_attention      2 kv s (columns seen, or max_cache_len)
             hybrid              that, and the bytes of its SSM)
 
-    (without `fading_span` a bmojo layer has no 2w term; under a control predictor no innovation_kernel term; with
-    `attention_conv_kernel` K the last three have (K - 1) (num_attention_heads head_dim + 2 kv) s more) so it is allocated
-    whole at the first call and does not grow, unless there are `full_attention` or `hybrid` layers.
+    (without `fading_span` a bmojo layer has no 2w term; under a control predictor no innovation_kernel term; without
+    `use_v_conv` or `use_short_conv` what is not convolved is not kept; with `attention_conv_kernel` K the last three have
+    (K - 1) (num_attention_heads head_dim + 2 kv) s more)
+    so it is allocated whole at the first call and does not grow, unless there are `full_attention` or `hybrid` layers.
 
     Args:
         config: the model's configuration.

@@ -25,8 +25,9 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_bmojo.BMojoForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_bmojo.BMojoForQuestionAnswering",
 }
-LAYER_TYPES = ("bmojo", "mamba", "mamba2", "sliding_attention", "full_attention", "hybrid")
-SSM_TYPES = ("mamba", "mamba2")
+DELTA_TYPES = ("gated_deltanet", "gated_kalmanet")  # the SSMs whose heads are those of attention
+SSM_TYPES = ("mamba", "mamba2", *DELTA_TYPES)
+LAYER_TYPES = ("bmojo", *SSM_TYPES, "sliding_attention", "full_attention", "hybrid")
 POSITION_EMBEDDING_TYPES = ("rope", "nope")
 MIXER_NORMS = (None, "learned", "weightless")
 EIDETIC_POSITIONS = ("constant", "rank")
@@ -43,8 +44,9 @@ class BMojoConfig(PreTrainedConfig):
 
     Args:
         layers_block_type (`list[str]`, *optional*): the mixer of every layer, one of `"bmojo"`, `"mamba"`, `"mamba2"`,
-            `"sliding_attention"`, `"full_attention"`, `"hybrid"`. All `"bmojo"` where None. A `"hybrid"` layer is that of
-            Falcon-H1: full attention and the SSM of `ssm_type` read the same input, and their outputs are added.
+            `"gated_deltanet"`, `"gated_kalmanet"`, `"sliding_attention"`, `"full_attention"`, `"hybrid"`. All
+            `"bmojo"` where None. A `"hybrid"` layer is that of Falcon-H1: full attention and the SSM of `ssm_type` read the same
+            input, and their outputs are added.
         intermediate_size (`int`, *optional*): width of the SwiGLU MLP; None for layers without MLP, as in Mamba.
         initializer_range (`float`, *optional*): standard deviation of embeddings and projections; where None
             `hidden_size ** -0.5`, since the usual 0.02 stalls small models on associative recall.
@@ -71,8 +73,10 @@ class BMojoConfig(PreTrainedConfig):
         ssm_multipliers (`list[float]`, *optional*): factors on the parts z, x, B, C, dt of `mamba2`'s input projection.
         projectors_bias (`bool`, *optional*): bias of the SSM's output projection; where None `use_bias`, which is that of its
             input projection, too.
-        ssm_type (`str`): the fading memory of a `bmojo` layer, and the SSM of a `hybrid` one: `"mamba2"` (SSD, a scalar decay
-            per head) or `"mamba"` (S6, a decay per channel and state).
+        ssm_type (`str`): the fading memory of a `bmojo` layer, and the SSM of a `hybrid` one: `"mamba2"` (SSD, a scalar decay per head), `"mamba"` (S6,
+            a decay per channel and state), `"gated_deltanet"` (arXiv 2412.06464) or `"gated_kalmanet"` (the authors'
+            ridge regression on the past). The last two have the heads of attention, a state of head_dim x head_dim for each
+            of them (GKA: two), and share with Mamba `conv_kernel`, `use_conv_bias`, `use_bias` and `chunk_size`.
         state_size (`int`, *optional*): SSM state per channel; 64 for `mamba2`, 16 for `mamba` where None. A list of layers
             that mixes both kinds of SSM shares it.
         mamba_num_heads, mamba_head_dim, n_groups: heads of `mamba2`, channels per head, groups that share B and C.
@@ -90,11 +94,23 @@ class BMojoConfig(PreTrainedConfig):
             attention's; state_size must then be head_dim.
         mamba_rms_norm (`bool`): whether `mamba2` normalises its gated output, in n_groups groups.
         mamba_norm_before_gate (`bool`): where mamba_rms_norm, whether the norm comes before the gate instead of behind it.
-        mamba_norm_eps (`float`, *optional*): epsilon of that norm; rms_norm_eps where None.
+        mamba_norm_eps (`float`, *optional*): epsilon of that norm, and of the output norm of GDN and GKA; rms_norm_eps where None.
         D_has_hdim (`bool`): D of `mamba2` has an entry for every channel instead of every head.
         time_step_limit (`list[float]`, *optional*): the SSM's time step is clamped to this range, whose upper end may be
             infinite; None: no limit.
         chunk_size (`int`): tokens per block of the SSM scan. Changes speed, not results.
+        use_short_conv (`bool`): GDN and GKA: a short convolution before the silu of queries, keys and values.
+        use_v_conv (`bool`): GDN and GKA: the convolution and its silu are for values, too, which else have neither.
+        use_gate (`bool`): GDN and GKA: silu of a projection gates the normed output.
+        kv_proj_rank (`int`, *optional*): GDN and GKA with fewer key-value heads than heads: rank of what is added to the
+            repeated keys and values; None: nothing.
+        kv_learnable_residual (`bool`): with kv_proj_rank, heads are learned mixtures of the key-value heads, no repetitions.
+        allow_neg_eigval (`bool`): GDN: beta is in 0 to 2, so that a write may turn the state's sign.
+        num_iter, ridge_strength: GKA: steps of Chebyshev's iteration, and lambda divided by the norm of the keys' covariance.
+        bp_lambda (`bool`): GKA: gradients go through lambda.
+        use_alpha_connection, use_beta_gate, use_forgetting_gate, use_forgetting_gate_kk, gla_rescale (`bool`): GKA: a learned
+            mixture of query and solution, not the solution; keys and values scaled by a gate; decay of the memory and of the
+            covariance (the latter needs the former); outputs times head_dim ** -0.5.
         eidetic_size (`int`): M, how many past tokens the long-term eidetic memory holds. 0 is B'MOJO-F.
         eidetic_chunk_size (`int`): c, the memory changes every c tokens.
         eidetic_position (`str`): at what distance a query sees the memory: `"constant"`, all at 2w, or `"rank"`, the r-th
@@ -106,6 +122,8 @@ class BMojoConfig(PreTrainedConfig):
             trainer that computes the loss itself (TRL's fused head, label smoothing) leaves the predictor as it is.
         fading_span (`bool`): whether attention sees the fading tokens. Needed by the predictors that look at the SSM.
         tie_attn_weights (`bool`): fading keys and values share the projections of the window's.
+        fading_query (`bool`): with untied weights, fading keys are read by queries of their own (a projection of the same
+            input, and norms of queries and keys, of their own).
         use_qk_norm (`bool`): RMSNorm per head on queries and keys before rotary, as in Qwen3.
 
     Raises:
@@ -185,6 +203,21 @@ class BMojoConfig(PreTrainedConfig):
     ssm_multipliers: list[float] | tuple[float, ...] | None = None
     chunk_size: int = 64
 
+    use_short_conv: bool = True
+    use_v_conv: bool = True
+    use_gate: bool = True
+    kv_proj_rank: int | None = None
+    kv_learnable_residual: bool = False
+    allow_neg_eigval: bool = False
+    num_iter: int = 30
+    ridge_strength: float = 0.02
+    bp_lambda: bool = True
+    use_alpha_connection: bool = True
+    use_beta_gate: bool = True
+    use_forgetting_gate: bool = True
+    use_forgetting_gate_kk: bool = True
+    gla_rescale: bool = True
+
     eidetic_size: int = 128
     eidetic_chunk_size: int = 64
     eidetic_position: str = "constant"
@@ -193,6 +226,7 @@ class BMojoConfig(PreTrainedConfig):
     innovation_loss_coef: float = 0.01
     fading_span: bool = True
     tie_attn_weights: bool = True
+    fading_query: bool = False
 
     def __post_init__(self, **kwargs):
         if self.rope_parameters is None:
@@ -202,7 +236,7 @@ class BMojoConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            if self.has_attention and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            if self.has_heads and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
                     "change one of them or set head_dim."
@@ -236,12 +270,17 @@ class BMojoConfig(PreTrainedConfig):
 
     @property
     def has_attention(self) -> bool:
-        """Whether any layer attends; where none does, heads and head_dim mean nothing."""
+        """Whether any layer attends."""
         return not set(self.layers_block_type) <= set(SSM_TYPES)
 
     @property
+    def has_heads(self) -> bool:
+        """Whether any layer has the heads of attention; where none has, num_attention_heads and head_dim mean nothing."""
+        return self.has_attention or bool(self.ssm_types & set(DELTA_TYPES))
+
+    @property
     def ssm_types(self) -> set[str]:
-        """The kinds of SSM in the model's layers: a subset of {"mamba", "mamba2"}."""
+        """The kinds of SSM in the model's layers: a subset of SSM_TYPES."""
         mixed = ("bmojo", "hybrid")
         return {self.ssm_type if kind in mixed else kind for kind in self.layers_block_type} & set(SSM_TYPES)
 
@@ -253,9 +292,11 @@ class BMojoConfig(PreTrainedConfig):
         return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
     def validate_rope(self):
-        """Part of `@strict`-powered validation: transformers' own check, which knows no model that rotates nothing."""
-        if self.rotary_dim and (self.has_attention or self.mamba_use_pos_emb):
+        """Part of validation: transformers' checks of rotary parameters and head_dim, where anything is rotated."""
+        if (self.has_attention and self.position_embedding_type != "nope") or self.mamba_use_pos_emb:
             super().validate_rope()
+        else:
+            self.rope_parameters.setdefault("rope_type", "default")
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every value on its own, then the ones that contradict each other."""
@@ -280,11 +321,14 @@ class BMojoConfig(PreTrainedConfig):
             raise ValueError(f"eidetic_size is {self.eidetic_size}; it must be 0 (no eidetic memory) or more.")
         if self.mamba_d_mlp < 0:
             raise ValueError(f"mamba_d_mlp is {self.mamba_d_mlp}; it must be 0 (no MLP inside the mixer) or more.")
-        for name in ("mamba_num_key_value_heads", "mamba_intermediate_size"):
+        for name in ("mamba_num_key_value_heads", "mamba_intermediate_size", "kv_proj_rank"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be None or at least 1.")
+        if self.num_iter < 0:
+            raise ValueError(f"num_iter is {self.num_iter}; it must be 0 (queries as they are) or more.")
         positive = (
-            "rms_norm_eps initializer_range time_step_min time_step_max time_step_floor mixer_rms_eps mamba_norm_eps"
+            "rms_norm_eps initializer_range time_step_min time_step_max time_step_floor mixer_rms_eps mamba_norm_eps "
+            "ridge_strength"
         )
         for name in positive.split():
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
@@ -332,7 +376,7 @@ class BMojoConfig(PreTrainedConfig):
             )
 
     def _check_divisions(self):
-        if self.has_attention and self.num_attention_heads % self.num_key_value_heads:
+        if self.has_heads and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}."
@@ -405,6 +449,13 @@ class BMojoConfig(PreTrainedConfig):
             )
 
     def _check_memory(self):
+        if self.fading_query and (self.tie_attn_weights or not self.fading_span):
+            raise ValueError(
+                "fading_query=True gives fading keys queries of their own, which needs tie_attn_weights=False and "
+                f"fading_span=True; they are {self.tie_attn_weights} and {self.fading_span}."
+            )
+        if self.kv_learnable_residual and self.kv_proj_rank is None:
+            raise ValueError("kv_learnable_residual=True needs a kv_proj_rank; it is None.")
         if "bmojo" not in self.layers_block_type:
             return
         if self.eidetic_size and not self.fading_span and self.innovation_predictor in LEARNED_CHOICES:

@@ -24,11 +24,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
 from .cache_bmojo import BMojoCache, cache_bytes, convolved_widths, memory_slots
-from .configuration_bmojo import AUTO_MAP, LEARNED_CHOICES, BMojoConfig
+from .configuration_bmojo import AUTO_MAP, DELTA_TYPES, LEARNED_CHOICES, BMojoConfig
+from .delta_ops_bmojo import delta_step, kalman_step
 from .kernels_bmojo import (
     attach,
     causal_conv,
     copy_kernels,
+    delta_scan,
+    kalman_scan,
     memory_attention,
     prediction_error,
     rms_norm,
@@ -91,8 +94,8 @@ class Step:
     Attributes:
         index: by layer type the slots that the token is written to, one of every ring, (rows, 1, rings, 1) int64.
         mask: by layer type what is added to the scores of all slots, (rows or rows * kv heads, 1, slots): 0 or -inf.
-        cos, sin: for queries, queries of the eidetic memory and keys, side by side as heads, (rows, 1, heads, head_dim);
-            times the scale of the scores for queries.
+        cos, sin: for queries, queries of the eidetic memory, of fading keys (as far as there are) and keys, side by side as
+            heads, (rows, 1, heads, head_dim); times the scale of the scores for queries.
         predictor: weights of the outputs in `history` for the prediction of this one, (rows, 1, innovation_kernel).
         boundary: rows that begin a chunk, (rows, 1) bool; None where none does.
     """
@@ -327,7 +330,7 @@ def step_plan(config) -> SimpleNamespace:
     """What `make_step` reads of the configuration, whose own attributes are slow to read."""
     names = (
         "sliding_window eidetic_size eidetic_chunk_size eidetic_position fading_span innovation_kernel "
-        "innovation_predictor num_attention_heads num_key_value_heads head_dim"
+        "innovation_predictor num_attention_heads num_key_value_heads head_dim fading_query"
     )
     plan = SimpleNamespace(**{name: getattr(config, name) for name in names.split()})
     plan.softmax_scale = score_scale(config)
@@ -363,6 +366,8 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
     at = [position.expand(rows, queries), position.expand(rows, keys)]
     if config.eidetic_size:
         at.insert(1, torch.full_like(at[0], 2 * config.sliding_window))
+    if config.fading_query:
+        at.insert(-1, at[0])
     cos, sin = table(torch.cat(at, 1)[:, None])
     rotated = sin.shape[-1]
     factor = torch.ones(cos.shape[2], 1 if scaling == 1 else cos.shape[-1], dtype=dtype, device=device)
@@ -462,14 +467,38 @@ class BMojoDynamics(nn.Module):
     def initialise(self):
         """The papers' distributions: dt log-uniform in [time_step_min, time_step_max], A as in Mamba or Mamba2."""
         config, shape = self.config, self.dt_bias.shape
-        low, high = torch.tensor(config.time_step_min).log(), torch.tensor(config.time_step_max).log()
-        dt = (torch.rand(shape) * (high - low) + low).exp().clamp(min=config.time_step_floor)
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        initialise_time_step(self.dt_bias, config)
         if self.kind == "mamba2":
             init.copy_(self.A_log, (torch.rand(shape) * 15 + 1).log())
         else:
             init.copy_(self.A_log, torch.arange(1, config.state_size + 1).log().expand_as(self.A_log))
         init.ones_(self.D)
+
+
+class BMojoDecay(nn.Module):
+    """A_log and dt_bias of an SSM whose time step acts on the decay alone; a module for the reasons of `BMojoDynamics`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.A_log = nn.Parameter(torch.zeros(config.num_attention_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
+
+    def forward(self, dt: torch.Tensor) -> torch.Tensor:
+        """From the raw dt (..., heads) to the logarithm of the decay, in float32 or wider."""
+        return -widen(self.A_log).exp() * F.softplus(widen(dt) + widen(self.dt_bias))
+
+    def initialise(self):
+        """As in Mamba2."""
+        initialise_time_step(self.dt_bias, self.config)
+        init.copy_(self.A_log, (torch.rand(self.A_log.shape) * 15 + 1).log())
+
+
+def initialise_time_step(dt_bias: nn.Parameter, config) -> None:
+    """A time step that is log-uniform in [time_step_min, time_step_max]."""
+    low, high = torch.tensor(config.time_step_min).log(), torch.tensor(config.time_step_max).log()
+    dt = (torch.rand(dt_bias.shape) * (high - low) + low).exp().clamp(min=config.time_step_floor)
+    init.copy_(dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 class BMojoConv1d(nn.Conv1d):
@@ -486,7 +515,7 @@ class BMojoConv1d(nn.Conv1d):
 
 
 class BMojoSSM(nn.Module):
-    """What the two SSMs share: input projection, short causal convolution, and the handling of state and padding."""
+    """What the SSMs share: input projection, short causal convolution, and the handling of state and padding."""
 
     def __init__(self, config, projected: int, convolved: int, inner: int, kind: str):
         super().__init__()
@@ -494,10 +523,11 @@ class BMojoSSM(nn.Module):
         self.act_fn = F.silu if config.mamba_hidden_act in ("silu", "swish") else ACT2FN[config.mamba_hidden_act]
         self.taps, self.chunk_size = config.conv_kernel, config.chunk_size
         self.in_proj = nn.Linear(config.hidden_size, projected, bias=config.use_bias)
-        self.conv1d = BMojoConv1d(
-            convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
-        )
-        self.dynamics = BMojoDynamics(config, kind)
+        if convolved:
+            self.conv1d = BMojoConv1d(
+                convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
+            )
+        self.dynamics = BMojoDecay(config) if kind in DELTA_TYPES else BMojoDynamics(config, kind)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.projectors_bias)
 
     def convolve(self, x, call: Call, state):
@@ -631,7 +661,148 @@ class BMojoMamba(BMojoSSM):
         return self.out_proj(silu_gate(z, y) if call.step is None else F.silu(z) * y), {"conv": conv, "ssm": ssm}, {}
 
 
-SSM_CLASSES = {"mamba": BMojoMamba, "mamba2": BMojoMamba2}
+class BMojoDelta(BMojoSSM):
+    """What Gated DeltaNet and Gated KalmaNet share: queries, keys and values by head, decay, output norm and gate.
+
+    Rows of `in_proj`: queries, keys, values, the gate, the decay's input, and what a subclass adds. Channels of `conv1d`:
+    queries, keys, values.
+    """
+
+    def __init__(self, config, kind: str, *more: int):
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.sizes = [part * head_dim for part in (heads, kv_heads, kv_heads)]
+        gate = heads * head_dim if config.use_gate else 0
+        self.parts = [sum(self.sizes), gate, heads, *more]
+        convolved = sum(convolved_widths(config, kind))
+        super().__init__(config, sum(self.parts), convolved, heads * head_dim, kind)
+        self.convolved, self.gated = convolved, config.use_gate
+        eps = config.rms_norm_eps if config.mamba_norm_eps is None else config.mamba_norm_eps
+        self.norm = BMojoRMSNorm(head_dim, eps)
+        if config.kv_proj_rank is not None and heads > kv_heads:
+            self.expand_k, self.expand_v = BMojoHeadExpansion(config), BMojoHeadExpansion(config)
+        else:
+            self.expand_k = self.expand_v = partial(repeat_heads, heads=heads)
+
+    def project(self, u, call: Call, state):
+        """Queries, keys and values (rows, seq_len, heads, head_dim), what the convolution keeps, and the other projections."""
+        qkv, *others = self.in_proj(u).split_with_sizes(self.parts, -1)
+        kept = {}
+        if not self.convolved:
+            qkv = self.act_fn(qkv)
+        elif self.convolved == qkv.shape[-1]:
+            qkv, kept["conv"] = self.convolve(qkv, call, state)
+        else:
+            qk, kept["conv"] = self.convolve(qkv[..., : self.convolved], call, state)
+            qkv = torch.cat([qk, qkv[..., self.convolved :]], -1)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split_with_sizes(self.sizes, -1))
+        return widen(q), widen(self.expand_k(k)), widen(self.expand_v(v)), kept, others
+
+    def hide(self, x, call: Call):
+        """Zeros behind a row's last token, x (rows, seq_len, ...)."""
+        real = call.real()
+        return x if real is None else x.masked_fill(~real.view(*real.shape, *[1] * (x.dim() - 2)), 0)
+
+    def finish(self, y, gate, u):
+        """From what was read of the state, (rows, seq_len, heads, head_dim), to the output, as u."""
+        y = self.norm(y.to(u.dtype)).flatten(-2)
+        return self.out_proj(silu_gate(gate, y) if self.gated else y)
+
+
+class BMojoDeltaNet(BMojoDelta):
+    """Gated DeltaNet's mixer (arXiv 2412.06464): a complete layer from (rows, seq_len, hidden_size) to the same."""
+
+    def __init__(self, config):
+        super().__init__(config, "gated_deltanet", config.num_attention_heads)
+        self.strongest = 2.0 if config.allow_neg_eigval else 1.0
+
+    def forward(self, u, call: Call, state=None):
+        """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
+        q, k, v, kept, (gate, dt, beta) = self.project(u, call, state)
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        tokens = [q * self.head_dim**-0.5, k, v]
+        tokens += [self.hide(x, call) for x in (self.dynamics(dt), self.strongest * widen(beta).sigmoid())]
+        if call.step is None:
+            y, kept["ssm"] = delta_scan(*tokens, None if state is None else state["ssm"], self.chunk_size)
+        else:
+            y, kept["ssm"] = delta_step(
+                *(x.squeeze(1) for x in tokens), state["ssm"], call.may_overwrite(state["ssm"])
+            )
+            y = y[:, None]
+        return self.finish(y, gate, u), kept, {}
+
+
+class BMojoKalmaNet(BMojoDelta):
+    """Gated KalmaNet's mixer (the authors' hybrid-model-factory): a complete layer from (rows, seq_len, hidden_size) to the same."""
+
+    def __init__(self, config):
+        super().__init__(config, "gated_kalmanet")
+        self.solver = {name: getattr(config, name) for name in ("ridge_strength", "num_iter", "bp_lambda")}
+        self.forgets = config.use_forgetting_gate, config.use_forgetting_gate and config.use_forgetting_gate_kk
+        self.scale = config.head_dim**-0.5 if config.gla_rescale else 1.0
+        self.b_proj = self.alpha_proj = None
+        if config.use_beta_gate:
+            self.b_proj = nn.Linear(config.hidden_size, self.heads)
+        if config.use_alpha_connection:
+            self.alpha_proj = nn.Linear(config.hidden_size, self.heads)
+
+    def forward(self, u, call: Call, state=None):
+        """Returns y as u, the tensors "conv", "ssm" and "kk_ssm" of the new state, and nothing to show."""
+        q, k, v, kept, (gate, dt) = self.project(u, call, state)
+        q, k = (x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6) for x in (q, k))
+        if self.b_proj is not None:
+            beta = widen(self.b_proj(u)).sigmoid()[..., None] + 1e-6
+            k, v = k * beta, v * beta
+        decay = self.hide(self.dynamics(dt), call) if self.forgets[0] else torch.zeros_like(q[..., 0])
+        decay_kk = decay if self.forgets[1] else torch.zeros_like(decay)
+        alpha = torch.ones_like(decay) if self.alpha_proj is None else widen(self.alpha_proj(u)).sigmoid()
+        tokens = [q, self.hide(k, call), v, decay, decay_kk, alpha]
+        if call.step is None:
+            before = (None, None) if state is None else (state["ssm"], state["kk_ssm"])
+            y, kept["ssm"], kept["kk_ssm"] = kalman_scan(*tokens, *before, self.chunk_size, **self.solver)
+        else:
+            before = state["ssm"], state["kk_ssm"]
+            in_place = all(map(call.may_overwrite, before))
+            y, kept["ssm"], kept["kk_ssm"] = kalman_step(
+                *(x.squeeze(1) for x in tokens), *before, in_place, **self.solver
+            )
+            y = y[:, None]
+        return self.finish(y * self.scale, gate, u), kept, {}
+
+
+class BMojoHeadExpansion(nn.Module):
+    """From key-value heads to all heads: each repeated, or a learned mixture of them, plus a low-rank function of all."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.down_proj = nn.Linear(kv_heads * config.head_dim, config.kv_proj_rank, bias=False)
+        self.up_proj = nn.Linear(config.kv_proj_rank, self.heads * config.head_dim, bias=False)
+        self.mixture = nn.Parameter(torch.zeros(self.heads, kv_heads)) if config.kv_learnable_residual else None
+
+    def forward(self, x):
+        """(rows, seq_len, kv_heads, head_dim) to (rows, seq_len, heads, head_dim)."""
+        added = self.up_proj(F.silu(self.down_proj(x.flatten(-2)))).unflatten(-1, (self.heads, -1))
+        return added + (repeat_heads(x, self.heads) if self.mixture is None else self.mixture @ x)
+
+    def initialise(self):
+        """Where mixtures are learned, they begin as repetitions."""
+        if self.mixture is not None:
+            heads, kv_heads = self.mixture.shape
+            init.copy_(self.mixture, torch.eye(kv_heads).repeat_interleave(heads // kv_heads, 0))
+
+
+def repeat_heads(x, heads: int):
+    """(rows, seq_len, kv_heads, head_dim) to (rows, seq_len, heads, head_dim), each repeated in a row."""
+    return x.repeat_interleave(heads // x.shape[-2], -2) if heads > x.shape[-2] else x
+
+
+SSM_CLASSES = {
+    "mamba": BMojoMamba,
+    "mamba2": BMojoMamba2,
+    "gated_deltanet": BMojoDeltaNet,
+    "gated_kalmanet": BMojoKalmaNet,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -666,14 +837,14 @@ class BMojoAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def query_heads(self, x):
+    def query_heads(self, x, norm=None):
         """Projected queries (..., heads * head_dim) to (..., heads, head_dim), as they are before the rotation."""
-        query = self.q_norm(self.heads(x))
+        query = (norm or self.q_norm)(self.heads(x))
         return self.halves(query) if self.interleaved else query
 
-    def key_heads(self, x):
+    def key_heads(self, x, norm=None):
         """Projected keys (..., kv heads * head_dim) to (..., kv heads, head_dim), as they are before the rotation."""
-        key = self.k_norm(self.heads(x))
+        key = (norm or self.k_norm)(self.heads(x))
         if self.key_multiplier != 1:
             key = key * self.key_multiplier
         return self.halves(key) if self.interleaved else key
@@ -789,24 +960,30 @@ class BMojoWindowAttention(BMojoAttention):
         tokens = {"key": key, "value": value}
         return {name: call.put(state[name], 2, index, token.transpose(1, 2)) for name, token in tokens.items()}
 
-    def attend_to_cache(self, state, call: Call, query, eidetic_query=None):
+    def attend_to_cache(self, state, call: Call, query, eidetic_query=None, fading_query=None):
         """The mix of values for one query of each row, (rows, 1, heads, head_dim); queries are scaled already."""
         rows, _, heads, head_dim = query.shape
         key, value, mask = state["key"], state["value"], call.step.mask[self.layer_type]
         if key.dtype is not query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
         key, value, shape = key.flatten(0, 1), value.flatten(0, 1), (-1, heads // key.shape[1], head_dim)
-        if eidetic_query is None:
+        if eidetic_query is None and fading_query is None:
             scores = torch.bmm(query.reshape(shape), key.transpose(1, 2))
-        else:  # two products of few queries with many keys: cheaper than one of twice the queries
-            memory = self.slots["eidetic"]
-            eidetic_key = key[:, memory]
-            if self.ranked:
-                eidetic_key = self.in_cache(state, "key", "eidetic").to(query.dtype)
-                eidetic_key = self.eidetic_key(eidetic_key, call).transpose(1, 2).flatten(0, 1)
-            near = torch.bmm(query.reshape(shape), key[:, : memory.start].transpose(1, 2))
-            far = torch.bmm(eidetic_query.reshape(shape), eidetic_key.transpose(1, 2))
-            scores = torch.cat([near, far], -1)
+        else:  # a product of few queries with many keys for each: cheaper than one of all queries
+            parts, near = [], key
+            if eidetic_query is not None:
+                memory = self.slots["eidetic"]
+                eidetic_key = key[:, memory]
+                if self.ranked:
+                    eidetic_key = self.in_cache(state, "key", "eidetic").to(query.dtype)
+                    eidetic_key = self.eidetic_key(eidetic_key, call).transpose(1, 2).flatten(0, 1)
+                near = key[:, : memory.start]
+                parts = [torch.bmm(eidetic_query.reshape(shape), eidetic_key.transpose(1, 2))]
+            if fading_query is not None:
+                fading = self.slots["fading"]
+                near = key[:, : fading.start]
+                parts.insert(0, torch.bmm(fading_query.reshape(shape), key[:, fading].transpose(1, 2)))
+            scores = torch.cat([torch.bmm(query.reshape(shape), near.transpose(1, 2)), *parts], -1)
         weights = (scores + mask).softmax(-1)
         weights = weights if weights.dtype is value.dtype else weights.to(value.dtype)
         return torch.bmm(weights, value).view(rows, 1, heads, head_dim)
@@ -845,6 +1022,12 @@ class BMojoMixer(BMojoWindowAttention):
             kv_size = config.num_key_value_heads * config.head_dim
             self.fading_k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
             self.fading_v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.asks_twice = config.fading_query
+        if config.fading_query:
+            size = config.num_attention_heads * config.head_dim
+            self.fading_q_proj = nn.Linear(config.hidden_size, size, bias=config.attention_bias)
+            norm = partial(BMojoRMSNorm, config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity
+            self.fading_q_norm, self.fading_k_norm = norm(), norm()
         if self.memory and config.innovation_predictor == "learnable":
             self.predictor = BMojoPredictor(config)
 
@@ -919,14 +1102,22 @@ class BMojoMixer(BMojoWindowAttention):
             if self.fades:
                 key = torch.cat([key, self.fading_k_proj(y)], 1)
                 value = torch.cat([value, self.fading_v_proj(y)], 1)
-        key, value = self.key_heads(key), self.heads(value)
+        if self.asks_twice:
+            key = torch.cat([self.key_heads(key[:, :1]), self.key_heads(key[:, 1:], self.fading_k_norm)], 1)
+        else:
+            key = self.key_heads(key)
+        value = self.heads(value)
         heads, rings = query.shape[2], key.shape[1]
         queries = [query, query] if self.memory else [query]
+        if self.asks_twice:
+            queries.append(self.query_heads(self.fading_q_proj(u), self.fading_q_norm))
         turned = rotate.definition(
             torch.cat([*queries, key.reshape(len(key), 1, -1, key.shape[3])], 2), step.cos, step.sin
         )
         kept = self.put(state, call, turned[:, 0, len(queries) * heads :].unflatten(1, (rings, -1)), value)
-        positions = eidetic_query = None
+        positions = eidetic_query = fading_query = None
+        if self.asks_twice:
+            fading_query = turned[:, :, (len(queries) - 1) * heads : len(queries) * heads]
         if self.memory:
             slot = step.index["bmojo"][:, 0, :1, 0]
             kept["window_innovation"] = call.put(state["window_innovation"], 1, slot, innovation)
@@ -935,7 +1126,8 @@ class BMojoMixer(BMojoWindowAttention):
                 kept = self.cross_boundary(kept, call)
             positions = kept["eidetic_position"][:, None]
             eidetic_query = turned[:, :, heads : 2 * heads]
-        return self.attend_to_cache(kept, call, turned[:, :, :heads], eidetic_query), kept, positions
+        mixed = self.attend_to_cache(kept, call, turned[:, :, :heads], eidetic_query, fading_query)
+        return mixed, kept, positions
 
     def cross_boundary(self, state, call: Call):
         """The state after a chunk boundary: the c tokens that the boundary lets in, merged for the rows at one."""
@@ -970,7 +1162,10 @@ class BMojoMixer(BMojoWindowAttention):
         base = 0 if call.past is None else call.past[:, None] - call.phase
         length = call.seq_len + call.lead
         window = self.with_past(spans["window"], "window", call, state, base, self.window - 1, length)
-        fading = (None, None)
+        fading, fading_query = (None, None), None
+        if self.asks_twice:
+            fading_query = self.query_heads(self.fading_q_proj(u), self.fading_q_norm)
+            fading_query = call.align(rotate(fading_query, call.cos, call.sin))
         if self.fades:
             fading = self.with_past(spans["fading"], "fading", call, state, base, 2 * self.window - 1, length)
         eidetic, kept, positions = [None] * 4, {}, None
@@ -986,6 +1181,7 @@ class BMojoMixer(BMojoWindowAttention):
         mixed = memory_attention(
             *(call.align(rotate(query, call.cos, call.sin)), *window, *fading, *eidetic),
             past=None if call.past is None else base[:, 0],
+            fading_query=fading_query,
             window=self.window,
             chunk_size=self.chunk,
             scale=self.scale,
@@ -1000,7 +1196,8 @@ class BMojoMixer(BMojoWindowAttention):
         tied = self.tied
         key = (self.k_proj if tied else self.fading_k_proj)(y)
         value = (self.v_proj if tied else self.fading_v_proj)(y)
-        return rotate(self.key_heads(key), call.cos, call.sin), self.heads(value)
+        norm = self.fading_k_norm if self.asks_twice else self.k_norm
+        return rotate(self.key_heads(key, norm), call.cos, call.sin), self.heads(value)
 
     def eidetic_key(self, key, call: Call):
         """Keys of a memory (..., eidetic_size, kv heads, head_dim), turned back by their rank where that counts."""
@@ -1183,7 +1380,7 @@ class BMojoPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, BMojoDynamics):
+        elif isinstance(module, (BMojoDynamics, BMojoDecay, BMojoHeadExpansion)):
             module.initialise()
         elif isinstance(module, BMojoRMSNorm):
             init.ones_(module.weight)

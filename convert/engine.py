@@ -164,7 +164,7 @@ def check_apart(folder: Path, destination: Path) -> None:
 
 
 def size_in_bytes(size: str | int) -> int:
-    """ "5GB" and the like in bytes; K, M, G and T are powers of 1000.
+    """Bytes that a size such as "5GB" means; K, M, G and T are powers of 1000.
 
     Raises:
         Refusal: it is no size, or none above zero.

@@ -28,7 +28,9 @@ RENAMED = {  # theirs: ours
     "mamba_conv_bias": "use_conv_bias",
     "mamba_proj_bias": "use_bias",
 }
-SWITCHES = "attention_bias mlp_bias projectors_bias mamba_rms_norm mamba_norm_before_gate mamba_conv_bias mamba_proj_bias"
+SWITCHES = (
+    "attention_bias mlp_bias projectors_bias mamba_rms_norm mamba_norm_before_gate mamba_conv_bias mamba_proj_bias"
+)
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 

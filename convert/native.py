@@ -138,7 +138,10 @@ def read_ssm(found: dict, d_model: int) -> SimpleNamespace:
         return ssm
     ssm.inner = total if ssm.d_ssm is None else ssm.d_ssm
     demand(
-        is_integer(ssm.inner, 1) and ssm.inner <= total, "ssm_cfg.d_ssm", ssm.d_ssm, f"null or a number from 1 to {total}"
+        is_integer(ssm.inner, 1) and ssm.inner <= total,
+        "ssm_cfg.d_ssm",
+        ssm.d_ssm,
+        f"null or a number from 1 to {total}",
     )
     ssm.branch, ssm.heads = total - ssm.inner, ssm.inner // ssm.headdim
     demand(
@@ -147,7 +150,9 @@ def read_ssm(found: dict, d_model: int) -> SimpleNamespace:
     demand(ssm.heads % ssm.ngroups == 0, "ssm_cfg.ngroups", ssm.ngroups, f"a divisor of the {ssm.heads} heads")
     limit = ssm.dt_limit
     numbers = isinstance(limit, (list, tuple)) and all(type(bound) in (int, float) for bound in limit)
-    demand(numbers and len(limit) == 2 and 0 <= limit[0] < limit[1], "ssm_cfg.dt_limit", limit, "two ascending numbers")
+    demand(
+        numbers and len(limit) == 2 and 0 <= limit[0] < limit[1], "ssm_cfg.dt_limit", limit, "two ascending numbers"
+    )
     return ssm
 
 
@@ -155,13 +160,17 @@ def read_attention(found: dict, d_model: int) -> SimpleNamespace:
     """attn_cfg, its nulls filled in."""
     attention = take(found, ATTENTION, set(), "attn_cfg.")
     demand(attention.causal, "attn_cfg.causal", attention.causal, "true: without it attention sees the future")
-    demand(attention.mlp_dim == 0, "attn_cfg.mlp_dim", attention.mlp_dim, "0, an MLP inside of attention is not converted")
+    demand(
+        attention.mlp_dim == 0, "attn_cfg.mlp_dim", attention.mlp_dim, "0, an MLP inside of attention is not converted"
+    )
     if attention.num_heads_kv is None:
         attention.num_heads_kv = attention.num_heads
     divides = is_integer(attention.num_heads_kv, 1) and attention.num_heads % attention.num_heads_kv == 0
     demand(divides, "attn_cfg.num_heads_kv", attention.num_heads_kv, f"a divisor of num_heads {attention.num_heads}")
     if attention.head_dim is None:
-        demand(d_model % attention.num_heads == 0, "attn_cfg.num_heads", attention.num_heads, f"a divisor of {d_model}")
+        demand(
+            d_model % attention.num_heads == 0, "attn_cfg.num_heads", attention.num_heads, f"a divisor of {d_model}"
+        )
         attention.head_dim = d_model // attention.num_heads
     demand(is_integer(attention.head_dim, 1), "attn_cfg.head_dim", attention.head_dim, "a whole number of at least 1")
     rotated = attention.rotary_emb_dim

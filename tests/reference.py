@@ -93,7 +93,7 @@ def mix(
         attended = attention_mixer(config, weights, config.attention_in_multiplier * u, window=len(u))
         remembered = ssm(config, config.ssm_type, under(weights, "ssm."), config.ssm_in_multiplier * u)
         out = config.attention_out_multiplier * attended + config.ssm_out_multiplier * remembered
-    elif layer_type in ("mamba", "mamba2"):
+    elif layer_type in ("mamba", "mamba2", "gated_deltanet", "gated_kalmanet"):
         out = ssm(config, layer_type, weights, u)
     else:
         raise ValueError(f"Unknown layer type {layer_type!r} in layers_block_type.")
@@ -152,15 +152,18 @@ def rotate(config, x: Tensor, position: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- attention
 
 
-def queries_of(config, weights: Weights, u: Tensor) -> Tensor:
-    """(T, num_attention_heads, head_dim), not yet rotated."""
-    query = projected(config, weights, u)[0].view(len(u), config.num_attention_heads, config.head_dim)
-    return rms_norm(query, weights["q_norm.weight"], config.rms_norm_eps) if config.use_qk_norm else query
+def queries_of(config, weights: Weights, u: Tensor, prefix: str = "") -> Tensor:
+    """(T, num_attention_heads, head_dim), not yet rotated; `prefix` "fading_" for those that read fading keys."""
+    query = projected(config, weights, u, query_prefix=prefix)[0].view(
+        len(u), config.num_attention_heads, config.head_dim
+    )
+    return rms_norm(query, weights[f"{prefix}q_norm.weight"], config.rms_norm_eps) if config.use_qk_norm else query
 
 
-def projected(config, weights: Weights, u: Tensor, prefix: str = "") -> tuple[Tensor, ...]:
+def projected(config, weights: Weights, u: Tensor, prefix: str = "", query_prefix: str = "") -> tuple[Tensor, ...]:
     """Queries, keys and values of all heads side by side, after the convolution where there is one."""
-    parts = [linear(weights, name, u) for name in ("q_proj", f"{prefix}k_proj", f"{prefix}v_proj")]
+    names = (f"{query_prefix}q_proj", f"{prefix}k_proj", f"{prefix}v_proj")
+    parts = [linear(weights, name, u) for name in names]
     if not config.attention_conv_kernel:
         return tuple(parts)
     return short_conv(weights, torch.cat(parts, -1)).split([part.shape[-1] for part in parts], dim=-1)
@@ -171,24 +174,27 @@ def keys_and_values_of(config, weights: Weights, u: Tensor, prefix: str = "") ->
     _, key, value = projected(config, weights, u, prefix)
     key = key.view(len(u), config.num_key_value_heads, config.head_dim)
     value = value.view(len(u), config.num_key_value_heads, config.head_dim)
-    key = rms_norm(key, weights["k_norm.weight"], config.rms_norm_eps) if config.use_qk_norm else key
+    if config.use_qk_norm:
+        norm = f"{prefix}k_norm.weight" if config.fading_query else "k_norm.weight"
+        key = rms_norm(key, weights[norm], config.rms_norm_eps)
     return config.key_multiplier * key, value
 
 
-def attend(config, query: Tensor, t: int, attended: list[tuple[Tensor, Tensor, int]]) -> Tensor:
-    """Answer the query of token t, (num_attention_heads, head_dim), with one softmax over all `attended` tokens.
+def attend(config, t: int, attended: list[tuple[Tensor, Tensor, Tensor, int]]) -> Tensor:
+    """Answer token t with one softmax over all `attended` tokens, (num_attention_heads * head_dim,).
 
-    Each of them is a key and a value, (num_key_value_heads, head_dim), and the position at which the key is rotated.
+    Each of them is a query (num_attention_heads, head_dim), a key and a value (num_key_value_heads, head_dim), and the
+    position at which the key is rotated.
     """
-    query = rotate(config, query, t)
-    keys = torch.stack([rotate(config, key, position) for key, _, position in attended])
-    values = torch.stack([value for _, value, _ in attended])
+    queries = torch.stack([rotate(config, query, t) for query, _, _, _ in attended])
+    keys = torch.stack([rotate(config, key, position) for _, key, _, position in attended])
+    values = torch.stack([value for _, _, value, _ in attended])
     heads_per_group = config.num_attention_heads // config.num_key_value_heads
     scale = config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
     out = []
     for head in range(config.num_attention_heads):
         group = head // heads_per_group
-        scores = keys[:, group] @ query[head] * scale
+        scores = (keys[:, group] * queries[:, head]).sum(-1) * scale
         out.append(scores.softmax(0) @ values[:, group])
     return torch.cat(out)
 
@@ -199,8 +205,8 @@ def attention_mixer(config, weights: Weights, u: Tensor, window: int) -> Tensor:
     key, value = keys_and_values_of(config, weights, u)
     out = []
     for t in range(len(u)):
-        attended = [(key[j], value[j], j) for j in range(t + 1) if j > t - window]
-        out.append(attend(config, query[t], t, attended))
+        attended = [(query[t], key[j], value[j], j) for j in range(t + 1) if j > t - window]
+        out.append(attend(config, t, attended))
     return linear(weights, "o_proj", torch.stack(out))
 
 
@@ -215,16 +221,18 @@ def bmojo_mixer(config, layer_idx: int, weights: Weights, u: Tensor, random_scor
     innovations, prediction_loss = innovations_of(config, layer_idx, weights, y, random_scores)
 
     query = queries_of(config, weights, u)
+    fading_query = queries_of(config, weights, u, "fading_") if config.fading_query else query
     key, value = keys_and_values_of(config, weights, u)
     fading_key, fading_value = keys_and_values_of(config, weights, y, "" if config.tie_attn_weights else "fading_")
 
     out, memory = [], []
     for t in range(len(u)):
         chosen = select(config, t // config.eidetic_chunk_size, innovations)
-        in_window = [(key[j], value[j], j) for j in range(t + 1) if t - w < j <= t]
-        fading = [(fading_key[j], fading_value[j], j) for j in range(t + 1) if t - 2 * w < j <= t - w]
-        eidetic = [(key[j], value[j], t - eidetic_distance(config, j, chosen)) for j in chosen]
-        out.append(attend(config, query[t], t, in_window + fading + eidetic))
+        q, fading_q = query[t], fading_query[t]
+        in_window = [(q, key[j], value[j], j) for j in range(t + 1) if t - w < j <= t]
+        fading = [(fading_q, fading_key[j], fading_value[j], j) for j in range(t + 1) if t - 2 * w < j <= t - w]
+        eidetic = [(q, key[j], value[j], t - eidetic_distance(config, j, chosen)) for j in chosen]
+        out.append(attend(config, t, in_window + fading + eidetic))
         memory.append(chosen)
     return linear(weights, "o_proj", torch.stack(out)), innovations, memory, prediction_loss
 
@@ -300,7 +308,8 @@ def predict(config, weights: Weights, y: Tensor, t: int) -> Tensor:
 
 def ssm(config, ssm_type: str, weights: Weights, u: Tensor) -> Tensor:
     """A complete SSM mixer, (T, hidden_size) to the same."""
-    return {"mamba": mamba, "mamba2": mamba2}[ssm_type](config, weights, u)
+    kinds = {"mamba": mamba, "mamba2": mamba2, "gated_deltanet": gated_deltanet, "gated_kalmanet": gated_kalmanet}
+    return kinds[ssm_type](config, weights, u)
 
 
 def short_conv(weights: Weights, x: Tensor) -> Tensor:
@@ -314,6 +323,11 @@ def short_conv(weights: Weights, x: Tensor) -> Tensor:
             total = total + kernel[:, width - 1 - back] * x[t - back]
         out.append(total + weights["conv1d.bias"] if "conv1d.bias" in weights else total)
     return torch.stack(out)
+
+
+def causal_conv(config, weights: Weights, x: Tensor) -> Tensor:
+    """An SSM's convolution with its activation; (T, channels)."""
+    return ACT2FN[config.mamba_hidden_act](short_conv(weights, x))
 
 
 def step_size(config, weights: Weights, dt: Tensor) -> Tensor:
@@ -341,8 +355,9 @@ def mamba2(config, weights: Weights, u: Tensor) -> Tensor:
     C = mixer_norm(config, weights, "C_norm", C.view(len(u), groups, n))
     if config.mamba_use_pos_emb:
         B, C = (torch.stack([rotate(config, vectors[t], t) for t in range(len(u))]) for vectors in (B, C))
-    x_B_C = short_conv(weights, torch.cat([x, B.flatten(1), C.flatten(1)], dim=-1))
-    x, B, C = ACT2FN[config.mamba_hidden_act](x_B_C).split(sizes[3:6], dim=-1)
+    x, B, C = causal_conv(config, weights, torch.cat([x, B.flatten(1), C.flatten(1)], dim=-1)).split(
+        sizes[3:6], dim=-1
+    )
     x, B, C = x.view(len(u), x_heads, head_dim), B.view(len(u), B_heads, n), C.view(len(u), groups, n)
     dt = step_size(config, weights, dt)
     A, D = -torch.exp(weights["dynamics.A_log"]), weights["dynamics.D"].view(heads, -1)
@@ -374,7 +389,7 @@ def mamba(config, weights: Weights, u: Tensor) -> Tensor:
     """S6: a diagonal decay per channel, state (d_inner, state_size)."""
     d_inner, n = config.mamba_intermediate_size or config.expand * config.hidden_size, config.state_size
     x, z = linear(weights, "in_proj", u).split([d_inner, d_inner], dim=-1)
-    x = ACT2FN[config.mamba_hidden_act](short_conv(weights, x))
+    x = causal_conv(config, weights, x)
     dt_low, B, C = linear(weights, "x_proj", x).split([config.time_step_rank, n, n], dim=-1)
     dt_low, B, C = (
         mixer_norm(config, weights, name, part) for name, part in (("dt_norm", dt_low), ("B_norm", B), ("C_norm", C))
@@ -388,3 +403,92 @@ def mamba(config, weights: Weights, u: Tensor) -> Tensor:
         state = torch.exp(A * dt[t, :, None]) * state + torch.outer(dt[t] * x[t], B[t])
         out.append((state @ C[t] + D * x[t]) * F.silu(z[t]))
     return linear(weights, "out_proj", torch.stack(out))
+
+
+def delta_parts(config, weights: Weights, u: Tensor, more: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values by head, (T, heads, head_dim), the gate, the logarithm of the decay, and the rest of in_proj."""
+    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    sizes = [heads * d, kv_heads * d, kv_heads * d, heads * d if config.use_gate else 0, heads, more]
+    *qkv, gate, dt, rest = linear(weights, "in_proj", u).split(sizes, dim=-1)
+    if not config.use_short_conv:
+        qkv = [ACT2FN[config.mamba_hidden_act](x) for x in qkv]
+    elif config.use_v_conv:
+        qkv = causal_conv(config, weights, torch.cat(qkv, -1)).split(sizes[:3], dim=-1)
+    else:
+        qkv = [*causal_conv(config, weights, torch.cat(qkv[:2], -1)).split(sizes[:2], dim=-1), qkv[2]]
+    q = qkv[0].view(len(u), heads, d)
+    keys_and_values = []
+    for name, x in zip(("expand_k.", "expand_v."), qkv[1:], strict=True):
+        by_head = x.view(len(u), kv_heads, d)
+        expanded = torch.stack([by_head[:, h // (heads // kv_heads)] for h in range(heads)], 1)
+        if config.kv_proj_rank is not None and heads > kv_heads:
+            own = under(weights, name)
+            if config.kv_learnable_residual:
+                expanded = torch.einsum("hk,tkd->thd", own["mixture"], by_head)
+            added = linear(own, "up_proj", F.silu(linear(own, "down_proj", x)))
+            expanded = expanded + added.view(len(u), heads, d)
+        keys_and_values.append(expanded)
+    log_decay = -weights["dynamics.A_log"].exp() * F.softplus(dt + weights["dynamics.dt_bias"])
+    return q, *keys_and_values, gate, log_decay, rest
+
+
+def delta_output(config, weights: Weights, out: list[Tensor], gate: Tensor) -> Tensor:
+    """Norm per head, then the gate."""
+    y = rms_norm(torch.stack(out), weights["norm.weight"], config.mamba_norm_eps or config.rms_norm_eps).flatten(1)
+    return linear(weights, "out_proj", y * F.silu(gate) if config.use_gate else y)
+
+
+def gated_deltanet(config, weights: Weights, u: Tensor) -> Tensor:
+    """A delta rule with decay, state (head_dim, head_dim) per head."""
+    heads, d = config.num_attention_heads, config.head_dim
+    q, k, v, gate, log_decay, beta = delta_parts(config, weights, u, heads)
+    beta = beta.sigmoid() * (2 if config.allow_neg_eigval else 1)
+    state = [torch.zeros(d, d, dtype=u.dtype) for _ in range(heads)]
+    out = []
+    for t in range(len(u)):
+        y_t = []
+        for h in range(heads):
+            query, key = (x[t, h] / (x[t, h].square().sum() + 1e-6).sqrt() for x in (q, k))
+            decayed = log_decay[t, h].exp() * state[h]
+            state[h] = decayed + torch.outer(key, beta[t, h] * (v[t, h] - decayed.T @ key))
+            y_t.append(state[h].T @ query * d**-0.5)
+        out.append(torch.stack(y_t))
+    return delta_output(config, weights, out, gate)
+
+
+def gated_kalmanet(config, weights: Weights, u: Tensor) -> Tensor:
+    """A memory read by the query of a ridge regression, found by a fixed number of Chebyshev steps."""
+    heads, d = config.num_attention_heads, config.head_dim
+    q, k, v, gate, log_decay, _ = delta_parts(config, weights, u, 0)
+    ones = torch.ones(len(u), heads, dtype=u.dtype)
+    beta = linear(weights, "b_proj", u).sigmoid() + 1e-6 if config.use_beta_gate else ones
+    alpha = linear(weights, "alpha_proj", u).sigmoid() if config.use_alpha_connection else ones
+    state, covariance = ([torch.zeros(d, d, dtype=u.dtype) for _ in range(heads)] for _ in range(2))
+    out = []
+    for t in range(len(u)):
+        y_t = []
+        for h in range(heads):
+            query, key = (x[t, h] / (x[t, h].norm() + 1e-6) for x in (q, k))
+            key, value = beta[t, h] * key, beta[t, h] * v[t, h]
+            decay = log_decay[t, h].exp() if config.use_forgetting_gate else 1.0
+            covariance[h] = (decay if config.use_forgetting_gate_kk else 1.0) * covariance[h] + torch.outer(key, key)
+            state[h] = decay * state[h] + torch.outer(key, value)
+            if config.num_iter:
+                solution = chebyshev(covariance[h], query, config.ridge_strength, config.num_iter)
+                query = query + alpha[t, h] * (solution - query)
+            y_t.append(state[h].T @ query * (d**-0.5 if config.gla_rescale else 1.0))
+        out.append(torch.stack(y_t))
+    return delta_output(config, weights, out, gate)
+
+
+def chebyshev(matrix: Tensor, target: Tensor, ridge_strength: float, num_iter: int) -> Tensor:
+    """What the iteration makes of (matrix + ridge I) x = target, for eigenvalues between ridge and ridge + norm."""
+    norm = matrix.norm()
+    ridge = ridge_strength * norm
+    step, ratio = 2 / (2 * ridge + norm), (norm / (2 * ridge + norm) / 2) ** 2
+    x, previous, omega = step * target, torch.zeros_like(target), 2.0
+    for _ in range(num_iter):
+        omega = 1 / (1 - ratio * omega)
+        residual = matrix @ x + ridge * x - target
+        x, previous = omega * x - step * omega * residual - (omega - 1) * previous, x
+    return x

@@ -67,8 +67,35 @@ VARIANTS = {
         "attention_conv_kernel": 4, "rope_interleave": True, "attention_out_bias": True,
     },
     "hybrid": FALCON_H1,
+    "hybrid_kalmanet": {"layers_block_type": ["hybrid"] * 2, "ssm_type": "gated_kalmanet", "ssm_out_multiplier": 0.7},
     "hybrid_mamba": {"layers_block_type": ["hybrid", "bmojo"], "ssm_type": "mamba", "projectors_bias": True},
     "layernorm": {"rms_norm": False, "residual_in_fp32": True, "layers_block_type": ["bmojo", "full_attention"]},
+    "fading_query": {"tie_attn_weights": False, "fading_query": True},
+    "fading_query_norms": {
+        "tie_attn_weights": False, "fading_query": True, "use_qk_norm": True, "eidetic_position": "rank",
+    },
+    "fading_query_factors": {
+        "tie_attn_weights": False, "fading_query": True, "use_qk_norm": True, "key_multiplier": 0.6, "softmax_scale": 0.7,
+        "rope_interleave": True, "rope_parameters": PARTIAL, "head_dim": 10,
+    },
+    "fading_query_alone": {
+        "tie_attn_weights": False, "fading_query": True, "use_qk_norm": True, "eidetic_size": 0,
+    },
+    "deltanet": {"ssm_type": "gated_deltanet", "mamba_norm_eps": 1e-3},
+    "deltanet_options": {
+        "ssm_type": "gated_deltanet", "allow_neg_eigval": True, "use_gate": False, "kv_proj_rank": 3,
+        "kv_learnable_residual": True, "use_conv_bias": False, "use_bias": True,
+    },
+    "deltanet_no_conv": {"ssm_type": "gated_deltanet", "use_short_conv": False, "num_key_value_heads": 1},
+    "kalmanet": {"ssm_type": "gated_kalmanet", "eidetic_size": 0},
+    "kalmanet_options": {
+        "ssm_type": "gated_kalmanet", "use_v_conv": False, "use_beta_gate": False, "use_alpha_connection": False,
+        "use_forgetting_gate_kk": False, "gla_rescale": False, "num_iter": 4, "ridge_strength": 0.3, "kv_proj_rank": 5,
+    },
+    "kalmanet_no_solution": {"ssm_type": "gated_kalmanet", "num_iter": 0, "use_forgetting_gate": False},
+    "delta_layers": {
+        "layers_block_type": ["gated_kalmanet", "sliding_attention", "gated_deltanet", "bmojo"], "num_hidden_layers": 4,
+    },
     "state_expansion": {  # Mamba2 as the authors' checkpoints have it
         "mamba_num_key_value_heads": 3, "mamba_num_heads": 6, "n_groups": 6, "state_size": 6, "mixer_norm": "learned",
         "mixer_rms_eps": 1e-2, "mamba_use_pos_emb": True, "mamba_norm_eps": 1e-1,
@@ -85,6 +112,7 @@ VARIANTS = {
     "falcon_mamba": {"ssm_type": "mamba", "mixer_norm": "weightless", "mixer_rms_eps": 1e-2, "intermediate_size": None},
 }  # fmt: skip
 SOME = ["every_layer", "rank_mamba_untied", "learnable", "chunk_above_window", "no_memory", "random"]
+SOME += ["delta_layers", "fading_query_norms"]
 SOME_SSM = ["state_expansion", "mamba2_options", "jamba"]
 SOME_ATTENTION = ["partial_rank", "attention_conv", "hybrid"]
 FEW = SOME[:2]
@@ -719,7 +747,7 @@ def test_every_dtype_is_kept_and_finite(tiny_model, variant, dtype, dt_bias):
     for name, tensor in cache.tensors().items():
         kind = name.split(".")[-1]
         wanted = {"lengths": torch.int64, "eidetic_position": torch.int64}.get(kind)
-        wanted = wanted or (wide if kind in ("ssm", "window_innovation", "eidetic_innovation") else dtype)
+        wanted = wanted or (wide if kind in ("ssm", "kk_ssm", "window_innovation", "eidetic_innovation") else dtype)
         assert tensor.dtype == wanted, name
         assert (tensor.isfinite() | (tensor == -torch.inf)).all(), name
     assert all(errors is None or (errors.dtype == wide and errors.isfinite().all()) for errors in first.innovations)
