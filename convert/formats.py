@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .core import Format, Refusal
+from .hmf import HMF
 from .llama import Llama, Mistral, Qwen3
 from .mamba import Mamba, Mamba2
 
@@ -13,6 +14,7 @@ FORMATS: tuple[Format, ...] = (
     Qwen3(),
     Mamba(),
     Mamba2(),
+    HMF(),
 )
 OURS = "bmojo"
 
