@@ -245,8 +245,9 @@ class BMojoConfig(PreTrainedConfig):
         if self.state_size is None:
             self.state_size = 16 if self.ssm_types == {"mamba"} else 64
         if self.mamba_num_heads is None:
-            heads = self.expand * self.hidden_size // max(1, self.mamba_head_dim)
-            self.mamba_num_heads = heads if "mamba2" in self.ssm_types else max(1, heads)  # without mamba2 no matter
+            self.mamba_num_heads = self.expand * self.hidden_size // max(1, self.mamba_head_dim)
+            if "mamba2" not in self.ssm_types:
+                self.mamba_num_heads = max(1, self.mamba_num_heads)  # means nothing
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         if self.time_step_limit is not None:

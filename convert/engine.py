@@ -28,8 +28,8 @@ OF_MLP = "hidden_act mlp_bias"
 OF_SSM = "state_size conv_kernel use_bias use_conv_bias time_step_limit mamba_hidden_act mixer_norm mixer_rms_eps"
 OF_MAMBA = "expand time_step_rank mamba_intermediate_size"
 OF_MAMBA2 = (
-    "mamba_num_heads mamba_head_dim n_groups mamba_num_key_value_heads mamba_d_mlp mamba_use_pos_emb mamba_rms_norm "
-    "mamba_norm_before_gate mamba_norm_eps D_has_hdim"
+    "mamba_num_heads mamba_num_key_value_heads mamba_head_dim n_groups mamba_use_pos_emb mamba_rms_norm "
+    "mamba_norm_before_gate mamba_norm_eps mamba_d_mlp D_has_hdim"
 )
 OF_MEMORY = (
     "ssm_type eidetic_size eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel fading_span "

@@ -5,7 +5,7 @@ from .mamba import Mamba
 
 class FalconMamba(Mamba):
     name, architecture = "falcon_mamba", "FalconMambaForCausalLM"
-    own = "time_step_rank mixer_rms_eps"
+    own = f"{Mamba.own} mixer_rms_eps"
     neutral = f"{Mamba.neutral} use_falcon_mambapy"
 
     def to_bmojo(self, config):

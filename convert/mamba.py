@@ -29,14 +29,13 @@ class Mixers(Format):
         return (self.name,)
 
     def read(self, config: dict):
-        used = f"{SAME} layer_norm_epsilon hidden_act residual_in_fp32 intermediate_size {self.own}"
-        return theirs.read(config, self.name, used, f"rescale_prenorm_residual layer_types {LEFT_OVER} {self.neutral}")
+        used = f"{SAME} layer_norm_epsilon hidden_act residual_in_fp32 {self.own}"
+        return theirs.read(config, self.name, used, f"rescale_prenorm_residual {LEFT_OVER} {self.neutral}")
 
     def to_bmojo(self, config):
         found = self.read(config)
         return {name: getattr(found, name) for name in SAME.split()} | {
             "intermediate_size": None,
-            "hidden_act": "silu",  # of an MLP, which there is none
             "mamba_hidden_act": found.hidden_act,
             "rms_norm_eps": found.layer_norm_epsilon,
             "residual_in_fp32": found.residual_in_fp32,
@@ -118,20 +117,20 @@ def selective_mixer(found) -> dict[str, tuple[str, tuple[int, ...]]]:
 class Mamba(Mixers):
     name, architecture = "mamba", "MambaForCausalLM"
     layer_type = "mamba"
-    own = "time_step_rank"
+    own = "time_step_rank intermediate_size"
     neutral = "time_step_scale time_step_init_scheme use_mambapy use_associative_scan"
 
     def to_bmojo(self, config):
         found = self.read(config)
-        inner = found.intermediate_size  # a config.json may give it, against expand * hidden_size
+        inner = None if found.intermediate_size == found.expand * found.hidden_size else found.intermediate_size
         return super().to_bmojo(config) | {
             "time_step_rank": found.time_step_rank,
-            "mamba_intermediate_size": None if inner == found.expand * found.hidden_size else inner,
+            "mamba_intermediate_size": inner,
         }
 
     def export_own(self, config):
-        inner = config.mamba_intermediate_size
-        return {"time_step_rank": config.time_step_rank} | ({} if inner is None else {"intermediate_size": inner})
+        inner = config.mamba_intermediate_size or config.expand * config.hidden_size
+        return {"time_step_rank": config.time_step_rank, "intermediate_size": inner}
 
     def mixer(self, found):
         return selective_mixer(found)
@@ -141,7 +140,7 @@ class Mamba2(Mixers):
     name, architecture = "mamba2", "Mamba2ForCausalLM"
     layer_type = "mamba2"
     own = "num_heads head_dim n_groups time_step_limit chunk_size"
-    neutral = "time_step_rank"  # of Mamba; read by nothing in Mamba2
+    neutral = "time_step_rank intermediate_size"  # of Mamba; read by nothing in Mamba2
 
     def read(self, config):
         found = super().read(config)
@@ -161,7 +160,14 @@ class Mamba2(Mixers):
         }
 
     def export_own(self, config):
+        inner = config.mamba_num_heads * config.mamba_head_dim
+        if inner % config.hidden_size:
+            raise Refusal(
+                f"mamba_num_heads * mamba_head_dim is {inner}; {self.name} wants a multiple of hidden_size "
+                f"{config.hidden_size}."
+            )
         return {
+            "expand": inner // config.hidden_size,
             "num_heads": config.mamba_num_heads,
             "head_dim": config.mamba_head_dim,
             "n_groups": config.n_groups,
