@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .configuration_bmojo import DELTA_TYPES
 from .numerics_bmojo import at_least_float32
 
 
@@ -15,8 +16,11 @@ _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim layers_block_type ssm_type sliding_window "
     "state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups mamba_num_key_value_heads "
     "mamba_intermediate_size mamba_use_pos_emb eidetic_size eidetic_chunk_size eidetic_position innovation_predictor "
-    "innovation_kernel fading_span tie_attn_weights use_qk_norm rope_parameters"
+    "innovation_kernel fading_span tie_attn_weights use_qk_norm rope_parameters "
+    "position_embedding_type rope_interleave key_multiplier attention_conv_kernel fading_query "
+    "use_short_conv use_v_conv"
 ).split()
+GROWING = ("full_key", "full_value")  # the tensors of a state that hold every column seen
 _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and further while the log holds fewer tokens
 
 
@@ -31,13 +35,13 @@ def _differences(described: dict, config) -> str:
 def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name, shape of one row, and kind of every tensor in the state of a layer of that type.
 
-    Kinds: "model", the dtype of the activations; "wide", that dtype but at least float32; "int64". The tensors of
-    `full_attention` are the only ones that grow: their first axis, 0 here, is the number of columns seen.
+    Kinds: "model", the dtype of the activations; "wide", that dtype but at least float32; "int64". The tensors "full_key"
+    and "full_value" are the only ones that grow: their first axis, 0 here, is the number of columns seen.
 
     Keys and values of all memories of a layer lie in one tensor each, head first, so that one product reads them:
     `memory_slots` says where.
     """
-    kind = config.ssm_type if layer_type == "bmojo" else layer_type
+    kind = config.ssm_type if layer_type in ("bmojo", "hybrid") else layer_type
     shapes = {}
     if kind in ("mamba", "mamba2"):
         channels = sum(convolved_widths(config, kind))
@@ -46,8 +50,17 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
         shapes["conv"] = ((config.conv_kernel - 1, channels), "model")
         shapes["ssm"] = (state, "wide")
     heads, head_dim = config.num_key_value_heads, config.head_dim
-    if layer_type == "full_attention":
-        shapes |= dict.fromkeys(("full_key", "full_value"), ((0, heads, head_dim), "model"))
+    if kind in DELTA_TYPES:
+        if config.use_short_conv:
+            shapes["conv"] = ((config.conv_kernel - 1, sum(convolved_widths(config, kind))), "model")
+        shapes["ssm"] = ((config.num_attention_heads, head_dim, head_dim), "wide")
+        if kind == "gated_kalmanet":
+            shapes["kk_ssm"] = shapes["ssm"]
+    if layer_type in ("full_attention", "hybrid"):
+        shapes |= dict.fromkeys(GROWING, ((0, heads, head_dim), "model"))
+    if config.attention_conv_kernel and layer_type in ("full_attention", "sliding_attention", "hybrid"):
+        channels = (config.num_attention_heads + 2 * heads) * head_dim
+        shapes["qkv_conv"] = ((config.attention_conv_kernel - 1, channels), "model")
     slots = memory_slots(config, layer_type)
     if slots:
         total = max(part.stop for part in slots.values())
@@ -62,7 +75,11 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
 
 
 def convolved_widths(config, kind: str) -> list[int]:
-    """Channels that the SSM's convolution runs over: of x for "mamba", of x, B and C for "mamba2"."""
+    """Channels that the SSM's convolution runs over: of x for "mamba", of x, B and C for "mamba2", else of q, k and v."""
+    if kind in DELTA_TYPES:
+        parts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        taken = (3 if config.use_v_conv else 2) if config.use_short_conv else 0
+        return [heads * config.head_dim for heads in parts[:taken]]
     if kind == "mamba":
         return [config.mamba_intermediate_size or config.expand * config.hidden_size]
     own = config.mamba_num_key_value_heads
@@ -96,7 +113,7 @@ def new_state(config, layer_type: str, like: torch.Tensor, columns: int = 0) -> 
     kinds = {"model": like.dtype, "wide": at_least_float32(like), "int64": torch.int64}
     state = {}
     for name, (shape, kind) in state_shapes(config, layer_type).items():
-        if layer_type == "full_attention":
+        if name in GROWING:
             shape = (columns, *shape[1:])
         state[name] = torch.zeros((like.shape[0], *shape), dtype=kinds[kind], device=like.device)
     if "eidetic_position" in state:
@@ -154,15 +171,21 @@ class BMojoCache(Cache):
             mamba2              (conv_kernel - 1) (heads head_dim + 2 n_groups state_size) s + heads head_dim state_size W;
                                 with g = mamba_num_key_value_heads the middle factor is g (head_dim + state_size) + n_groups state_size
             mamba               (conv_kernel - 1) inner s + inner state_size W, inner = expand hidden_size or mamba_intermediate_size
+            gated_deltanet      (conv_kernel - 1) (num_attention_heads + 2 num_key_value_heads) head_dim s
+                                + num_attention_heads head_dim^2 W
+            gated_kalmanet      the same, its second term twice
             sliding_attention   2 kv s w
-            full_attention      2 kv s (columns seen, or max_cache_len))
+            full_attention      2 kv s (columns seen, or max_cache_len)
+            hybrid              that, and the bytes of its SSM)
 
-    (without `fading_span` a bmojo layer has no 2w term; under a control predictor no innovation_kernel term)
-    so it is allocated whole at the first call and does not grow, unless there are `full_attention` layers.
+    (without `fading_span` a bmojo layer has no 2w term; under a control predictor no innovation_kernel term; without
+    `use_v_conv` or `use_short_conv` what is not convolved is not kept; with `attention_conv_kernel` K the last three have
+    (K - 1) (num_attention_heads head_dim + 2 kv) s more)
+    so it is allocated whole at the first call and does not grow, unless there are `full_attention` or `hybrid` layers.
 
     Args:
         config: the model's configuration.
-        max_cache_len: columns reserved for `full_attention` layers, which then do not grow either and refuse more.
+        max_cache_len: columns reserved for `full_attention` and `hybrid` layers, which then do not grow either and refuse more.
             Such a cache has static shapes, as `cache_implementation="static"` and torch.compile need.
 
     Attributes:
@@ -342,7 +365,8 @@ class BMojoCache(Cache):
             for layer, before, replay in zip(self.layers, call["before"], call["replays"], strict=True):
                 layer.state = before if remove >= columns else replay(lengths)
                 if "full_key" in layer.state and self.max_cache_len is None:  # give back the columns, too
-                    layer.map(lambda tensor: tensor[:, : self.seen_tokens].clone())
+                    shorter = {name: layer.state[name][:, : self.seen_tokens].clone() for name in GROWING}
+                    layer.state = layer.state | shorter
             self.lengths = call["lengths"] + lengths.to(call["lengths"].device)
             remove -= min(remove, columns)
         self._log = []
@@ -419,7 +443,7 @@ def cache_bytes(config, rows: int, dtype: torch.dtype, columns: int = 0) -> int:
         config: the model's configuration.
         rows: batch size.
         dtype: of the activations.
-        columns: seen by `full_attention` layers (or max_cache_len); without effect on other layers.
+        columns: seen by `full_attention` and `hybrid` layers (or max_cache_len); without effect on other layers.
     """
     sizes = {
         "model": dtype.itemsize,
@@ -428,7 +452,7 @@ def cache_bytes(config, rows: int, dtype: torch.dtype, columns: int = 0) -> int:
     }
     total = torch.int64.itemsize
     for layer_type in config.layers_block_type:
-        for shape, kind in state_shapes(config, layer_type).values():
-            shape = (columns, *shape[1:]) if layer_type == "full_attention" else shape
+        for name, (shape, kind) in state_shapes(config, layer_type).items():
+            shape = (columns, *shape[1:]) if name in GROWING else shape
             total += torch.Size(shape).numel() * sizes[kind]
     return rows * total

@@ -525,7 +525,7 @@ def _row_blocks(x):
 
 def blocked_rotate(x, cos, sin):
     """See `ops_bmojo.rotate`. Tables with gradients, or of other shapes than a call's, are left to the definition."""
-    usual = x.dim() == 4 and cos.dim() == 3 and x.numel() >= _SMALL
+    usual = x.dim() == 4 and cos.dim() == 3 and x.numel() >= _SMALL and sin.shape[-1] == x.shape[-1]
     if not usual or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
         return rotate(x, cos, sin)
     return _Rotation.apply(x, cos, sin)
@@ -613,6 +613,7 @@ def blocked_memory_attention(
     eidetic_value=None,
     memory=None,
     past=None,
+    fading_query=None,
     *,
     window: int,
     chunk_size: int,
@@ -620,7 +621,9 @@ def blocked_memory_attention(
 ):
     """See `ops_bmojo.memory_attention`."""
     tensors = (query, window_key, window_value, fading_key, fading_value, eidetic_query, eidetic_key, eidetic_value)
-    return _run(_MemoryAttention, *tensors, memory, past, window=window, chunk_size=chunk_size, scale=scale)[0]
+    return _run(
+        _MemoryAttention, *tensors, memory, past, fading_query, window=window, chunk_size=chunk_size, scale=scale
+    )[0]
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -666,8 +669,10 @@ class _MemoryAttention:
         d_out = grads[0].reshape(out.shape)
         spans = _Spans(tensors, window, chunk_size, dtype)
         found = [
-            None if x is None else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-            for x in tensors[:8]
+            None
+            if x is None or not x.is_floating_point()
+            else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+            for x in tensors
         ]
         for block, runs in spans.blocks():
             for span in spans.of(block, runs):
@@ -678,7 +683,7 @@ class _MemoryAttention:
                 found[span.place[0]][:, block].view_as(out[:, block]).add_(span.unfold(d_query))
                 span.add(found[span.place[1]], d_key)
                 span.add(found[span.place[2]], d_value)
-        return *found, None, None
+        return found
 
 
 class _Span:
@@ -733,16 +738,15 @@ class _Spans:
     """Cuts the queries of `memory_attention` into blocks and finds the keys of each."""
 
     def __init__(self, tensors, window, chunk_size, dtype=None):
-        *tensors, self.memory, self.past = tensors
         # the kernel takes the last axis to be contiguous, without a look at its stride
         tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-        query, self.window_key, self.window_value, *others = tensors
-        self.fading_key, self.fading_value, eidetic_query, self.eidetic_key, self.eidetic_value = others
+        query, self.window_key, self.window_value, self.fading_key, self.fading_value, *others = tensors
+        eidetic_query, self.eidetic_key, self.eidetic_value, self.memory, self.past, fading_query = others
         self.dtype, self.window, self.chunk = dtype or self.window_value.dtype, window, chunk_size
         self.seq_len, self.kv_heads = query.shape[1], self.window_key.shape[2]
         self.group = query.shape[2] // self.kv_heads
-        self.query, self.eidetic_query = (
-            None if x is None else x.unflatten(2, (self.kv_heads, -1)) for x in (query, eidetic_query)
+        self.query, self.eidetic_query, self.fading_query = (
+            None if x is None else x.unflatten(2, (self.kv_heads, -1)) for x in (query, eidetic_query, fading_query)
         )
         if self.memory is not None:
             filled = self.memory >= 0
@@ -776,7 +780,10 @@ class _Spans:
         query = self.query[:, block].to(self.dtype)
         spans = [self.near((0, 1, 2), query, self.window_key, self.window_value, block, runs, 0)]
         if self.fading_key is not None:
-            spans.append(self.near((0, 3, 4), query, self.fading_key, self.fading_value, block, runs, self.window))
+            place = (0, 3, 4)
+            if self.fading_query is not None:
+                place, query = (10, 3, 4), self.fading_query[:, block].to(self.dtype)
+            spans.append(self.near(place, query, self.fading_key, self.fading_value, block, runs, self.window))
         if self.memory is not None:
             spans.append(self.eidetic(block))
         return [span for span in spans if span is not None]

@@ -6,7 +6,7 @@ of ours in a checkout, a local model folder and the Hub's cache alike. `kernels/
 shadow Hugging Face's `kernels` package for every Python that starts in the repository's root.
 
 Environment variable `BMOJO_KERNELS`: "auto" (default) runs a kernel where one ships and the tensors are on a GPU; "torch"
-runs none; "definition" runs the definitions of `ops_bmojo` only, not their forms for a CPU either; "triton" requires a kernel
+runs none; "definition" runs the definitions of `ops_bmojo` and `delta_ops_bmojo` only, not their other forms either; "triton" requires a kernel
 for every dispatched op, on the CPU too under `TRITON_INTERPRET=1`.
 """
 
@@ -33,6 +33,7 @@ from .cpu_bmojo import (
     blocked_silu_gate,
     blocked_ssd_scan,
 )
+from .delta_ops_bmojo import chunked_delta_scan, chunked_kalman_scan, delta_scan, kalman_scan
 from .ops_bmojo import (
     causal_conv,
     memory_attention,
@@ -108,9 +109,13 @@ def copy_kernels(config, save_directory: str | os.PathLike) -> None:
         shutil.copyfile(file, copy)
 
 
-def dispatch(definition: Callable, cpu: Callable | None = None) -> Callable:
-    """Run the Triton kernel of this name where one fits the device, else the form for a CPU where that fits, else the definition."""
+def dispatch(definition: Callable, cpu: Callable | None = None, chunked: Callable | None = None) -> Callable:
+    """Run the Triton kernel of this name where one fits the device, else the form for a CPU where that fits, else the definition.
+
+    Where there is a `chunked` form of the definition, a loop over tokens, it stands for it but under BMOJO_KERNELS=definition.
+    """
     name = definition.__name__
+    plain = chunked or definition
 
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
@@ -121,9 +126,9 @@ def dispatch(definition: Callable, cpu: Callable | None = None) -> Callable:
             return _loaded[name](x, *args, **kwargs)
         if cpu is not None and mode != "definition" and x.device.type == "cpu" and _is_plain(x):
             return cpu(x, *args, **kwargs)
-        return definition(x, *args, **kwargs)
+        return (definition if mode == "definition" else plain)(x, *args, **kwargs)
 
-    op.definition, op.cpu = definition, cpu  # tests compare them
+    op.definition, op.cpu, op.chunked = definition, cpu, chunked  # tests compare them
     return op
 
 
@@ -183,6 +188,8 @@ def _has_triton() -> bool:
 
 ssd_scan = dispatch(ssd_scan, blocked_ssd_scan)
 selective_scan = dispatch(selective_scan, blocked_selective_scan)
+delta_scan = dispatch(delta_scan, chunked=chunked_delta_scan)
+kalman_scan = dispatch(kalman_scan, chunked=chunked_kalman_scan)
 causal_conv = dispatch(causal_conv, blocked_causal_conv)
 prediction_error = dispatch(prediction_error, blocked_prediction_error)
 memory_attention = dispatch(memory_attention, blocked_memory_attention)

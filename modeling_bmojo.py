@@ -24,11 +24,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
 from .cache_bmojo import BMojoCache, cache_bytes, convolved_widths, memory_slots
-from .configuration_bmojo import AUTO_MAP, LEARNED_CHOICES, BMojoConfig
+from .configuration_bmojo import AUTO_MAP, DELTA_TYPES, LEARNED_CHOICES, BMojoConfig
+from .delta_ops_bmojo import delta_step, kalman_step
 from .kernels_bmojo import (
     attach,
     causal_conv,
     copy_kernels,
+    delta_scan,
+    kalman_scan,
     memory_attention,
     prediction_error,
     rms_norm,
@@ -91,8 +94,8 @@ class Step:
     Attributes:
         index: by layer type the slots that the token is written to, one of every ring, (rows, 1, rings, 1) int64.
         mask: by layer type what is added to the scores of all slots, (rows or rows * kv heads, 1, slots): 0 or -inf.
-        cos, sin: for queries, queries of the eidetic memory and keys, side by side as heads, (rows, 1, heads, head_dim);
-            times the scale of the scores for queries.
+        cos, sin: for queries, queries of the eidetic memory, of fading keys (as far as there are) and keys, side by side as
+            heads, (rows, 1, heads, head_dim); times the scale of the scores for queries.
         predictor: weights of the outputs in `history` for the prediction of this one, (rows, 1, innovation_kernel).
         boundary: rows that begin a chunk, (rows, 1) bool; None where none does.
     """
@@ -120,12 +123,13 @@ class Call:
         past: tokens that came before, (rows,) int64; None where no cache is given, that is: none.
         lengths: real tokens of the call, (rows,) int64; None: all of them are.
         positions: position of every token in its row, (rows or 1, seq_len) int64.
-        table: from positions (...) to cos and sin (..., head_dim); `inverse=True` for the opposite rotation.
+        table: from positions (...) to cos and sin (..., head_dim); `inverse=True` for the opposite rotation. Where only a
+            part of a head is rotated, sin is as wide as that part, and cos 1 beyond it.
         cos, sin: the table at `positions`.
         scaling: the factor that is on them (attention scaling of YaRN; 1 else).
         in_place: states may be overwritten: no gradient is recorded and nothing will be rolled back.
         any_mode: whether torch lets this call write what was made in inference mode.
-        fixed_columns: the keys of `full_attention` have all their room already (`max_cache_len`).
+        fixed_columns: the keys of full attention have all their room already (`max_cache_len`).
         phase: how far into its chunk a row is before the call, (rows, 1) int64; None without past.
         lead: the largest phase, or chunk - 1 where asking would stop a GPU or a compiler.
         step: of a single token with a cache.
@@ -317,13 +321,19 @@ def predictor_weights(config, dtype, device) -> torch.Tensor:
     return torch.ones_like(ages)
 
 
+def score_scale(config) -> float:
+    """The factor on the scores of attention."""
+    return config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
+
+
 def step_plan(config) -> SimpleNamespace:
     """What `make_step` reads of the configuration, whose own attributes are slow to read."""
     names = (
         "sliding_window eidetic_size eidetic_chunk_size eidetic_position fading_span innovation_kernel "
-        "innovation_predictor num_attention_heads num_key_value_heads head_dim"
+        "innovation_predictor num_attention_heads num_key_value_heads head_dim fading_query"
     )
     plan = SimpleNamespace(**{name: getattr(config, name) for name in names.split()})
+    plan.softmax_scale = score_scale(config)
     kinds = sorted(set(config.layers_block_type) & {"sliding_attention", "bmojo"})
     plan.slots = {layer_type: memory_slots(config, layer_type) for layer_type in kinds}
     return plan
@@ -356,12 +366,15 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
     at = [position.expand(rows, queries), position.expand(rows, keys)]
     if config.eidetic_size:
         at.insert(1, torch.full_like(at[0], 2 * config.sliding_window))
+    if config.fading_query:
+        at.insert(-1, at[0])
     cos, sin = table(torch.cat(at, 1)[:, None])
-    factor = torch.ones(cos.shape[2], 1, dtype=dtype, device=device)
-    factor[: cos.shape[2] - keys] = config.head_dim**-0.5
+    rotated = sin.shape[-1]
+    factor = torch.ones(cos.shape[2], 1 if scaling == 1 else cos.shape[-1], dtype=dtype, device=device)
+    factor[: cos.shape[2] - keys] = config.softmax_scale
     if config.eidetic_size and config.eidetic_position == "constant":
-        factor[queries : 2 * queries] *= scaling  # as `eidetic_key`
-    cos, sin = cos * factor, sin * factor
+        factor[queries : 2 * queries, :rotated] *= scaling  # as `eidetic_key`
+    cos, sin = cos * factor, sin * factor[:, :rotated]
 
     ages = torch.arange(config.innovation_kernel, 0, -1, device=device)  # the oldest comes first
     weights = predictor_weights(config, dtype, device).flip(0) * (ages <= position)
@@ -388,6 +401,19 @@ class BMojoRMSNorm(nn.Module):
         return form(x, x.new_ones(x.shape[-1]) if weight is None else weight, self.eps, self.n_groups)
 
 
+class BMojoLayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis, computed in float32 or wider."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.layer_norm(widen(x), self.normalized_shape, widen(self.weight), widen(self.bias), self.eps)
+        return normed.to(x.dtype)
+
+
+def block_norm(config) -> nn.Module:
+    """The norm before a mixer, before an MLP, and at the end of the model."""
+    return (BMojoRMSNorm if config.rms_norm else BMojoLayerNorm)(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class BMojoMLP(nn.Module):
     block = (
         512  # tokens that a CPU takes at once where no gradient is recorded: what lies between stays near the cache
@@ -399,6 +425,7 @@ class BMojoMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act in ("silu", "swish")
+        self.multipliers = config.mlp_multipliers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cpu" and x.shape[1] > self.block and not torch.is_grad_enabled():
@@ -407,7 +434,10 @@ class BMojoMLP(nn.Module):
 
     def _forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(silu_gate(gate, up) if self.is_silu and x.shape[1] > 1 else self.act_fn(gate) * up)
+        if self.multipliers is not None:
+            gate = gate * self.multipliers[0]
+        out = self.down_proj(silu_gate(gate, up) if self.is_silu and x.shape[1] > 1 else self.act_fn(gate) * up)
+        return out if self.multipliers is None else out * self.multipliers[1]
 
 
 class BMojoDynamics(nn.Module):
@@ -437,14 +467,38 @@ class BMojoDynamics(nn.Module):
     def initialise(self):
         """The papers' distributions: dt log-uniform in [time_step_min, time_step_max], A as in Mamba or Mamba2."""
         config, shape = self.config, self.dt_bias.shape
-        low, high = torch.tensor(config.time_step_min).log(), torch.tensor(config.time_step_max).log()
-        dt = (torch.rand(shape) * (high - low) + low).exp().clamp(min=config.time_step_floor)
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        initialise_time_step(self.dt_bias, config)
         if self.kind == "mamba2":
             init.copy_(self.A_log, (torch.rand(shape) * 15 + 1).log())
         else:
             init.copy_(self.A_log, torch.arange(1, config.state_size + 1).log().expand_as(self.A_log))
         init.ones_(self.D)
+
+
+class BMojoDecay(nn.Module):
+    """A_log and dt_bias of an SSM whose time step acts on the decay alone; a module for the reasons of `BMojoDynamics`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.A_log = nn.Parameter(torch.zeros(config.num_attention_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
+
+    def forward(self, dt: torch.Tensor) -> torch.Tensor:
+        """From the raw dt (..., heads) to the logarithm of the decay, in float32 or wider."""
+        return -widen(self.A_log).exp() * F.softplus(widen(dt) + widen(self.dt_bias))
+
+    def initialise(self):
+        """As in Mamba2."""
+        initialise_time_step(self.dt_bias, self.config)
+        init.copy_(self.A_log, (torch.rand(self.A_log.shape) * 15 + 1).log())
+
+
+def initialise_time_step(dt_bias: nn.Parameter, config) -> None:
+    """A time step that is log-uniform in [time_step_min, time_step_max]."""
+    low, high = torch.tensor(config.time_step_min).log(), torch.tensor(config.time_step_max).log()
+    dt = (torch.rand(dt_bias.shape) * (high - low) + low).exp().clamp(min=config.time_step_floor)
+    init.copy_(dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 class BMojoConv1d(nn.Conv1d):
@@ -461,7 +515,7 @@ class BMojoConv1d(nn.Conv1d):
 
 
 class BMojoSSM(nn.Module):
-    """What the two SSMs share: input projection, short causal convolution, and the handling of state and padding."""
+    """What the SSMs share: input projection, short causal convolution, and the handling of state and padding."""
 
     def __init__(self, config, projected: int, convolved: int, inner: int, kind: str):
         super().__init__()
@@ -469,11 +523,12 @@ class BMojoSSM(nn.Module):
         self.act_fn = F.silu if config.mamba_hidden_act in ("silu", "swish") else ACT2FN[config.mamba_hidden_act]
         self.taps, self.chunk_size = config.conv_kernel, config.chunk_size
         self.in_proj = nn.Linear(config.hidden_size, projected, bias=config.use_bias)
-        self.conv1d = BMojoConv1d(
-            convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
-        )
-        self.dynamics = BMojoDynamics(config, kind)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        if convolved:
+            self.conv1d = BMojoConv1d(
+                convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
+            )
+        self.dynamics = BMojoDecay(config) if kind in DELTA_TYPES else BMojoDynamics(config, kind)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.projectors_bias)
 
     def convolve(self, x, call: Call, state):
         """act_fn(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
@@ -519,6 +574,7 @@ class BMojoMamba2(BMojoSSM):
             eps = config.rms_norm_eps if config.mamba_norm_eps is None else config.mamba_norm_eps
             self.norm = BMojoRMSNorm(self.inner, eps, config.n_groups)
         self.norm_first = config.mamba_rms_norm and config.mamba_norm_before_gate
+        self.multipliers = config.ssm_multipliers
         self.turned, self.normed = config.mamba_use_pos_emb, config.mixer_norm is not None
         if self.normed:
             self.B_norm, self.C_norm = self.input_norm(state_size), self.input_norm(state_size)
@@ -529,6 +585,9 @@ class BMojoMamba2(BMojoSSM):
         if self.branch:
             gate, value, projected = projected.split_with_sizes([self.branch, self.branch, sum(self.sizes)], -1)
             mlp = silu_gate(gate, value)
+        if self.multipliers is not None:
+            parts = projected.split_with_sizes([self.inner, *self.widths, self.sizes[2]], -1)
+            projected = torch.cat([part * by for part, by in zip(parts, self.multipliers, strict=True)], -1)
         z, xbc, dt = projected.split_with_sizes(self.sizes, -1)
         if self.normed or self.turned:
             xbc = self.norm_and_turn(xbc, call)
@@ -602,7 +661,148 @@ class BMojoMamba(BMojoSSM):
         return self.out_proj(silu_gate(z, y) if call.step is None else F.silu(z) * y), {"conv": conv, "ssm": ssm}, {}
 
 
-SSM_CLASSES = {"mamba": BMojoMamba, "mamba2": BMojoMamba2}
+class BMojoDelta(BMojoSSM):
+    """What Gated DeltaNet and Gated KalmaNet share: queries, keys and values by head, decay, output norm and gate.
+
+    Rows of `in_proj`: queries, keys, values, the gate, the decay's input, and what a subclass adds. Channels of `conv1d`:
+    queries, keys, values.
+    """
+
+    def __init__(self, config, kind: str, *more: int):
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.sizes = [part * head_dim for part in (heads, kv_heads, kv_heads)]
+        gate = heads * head_dim if config.use_gate else 0
+        self.parts = [sum(self.sizes), gate, heads, *more]
+        convolved = sum(convolved_widths(config, kind))
+        super().__init__(config, sum(self.parts), convolved, heads * head_dim, kind)
+        self.convolved, self.gated = convolved, config.use_gate
+        eps = config.rms_norm_eps if config.mamba_norm_eps is None else config.mamba_norm_eps
+        self.norm = BMojoRMSNorm(head_dim, eps)
+        if config.kv_proj_rank is not None and heads > kv_heads:
+            self.expand_k, self.expand_v = BMojoHeadExpansion(config), BMojoHeadExpansion(config)
+        else:
+            self.expand_k = self.expand_v = partial(repeat_heads, heads=heads)
+
+    def project(self, u, call: Call, state):
+        """Queries, keys and values (rows, seq_len, heads, head_dim), what the convolution keeps, and the other projections."""
+        qkv, *others = self.in_proj(u).split_with_sizes(self.parts, -1)
+        kept = {}
+        if not self.convolved:
+            qkv = self.act_fn(qkv)
+        elif self.convolved == qkv.shape[-1]:
+            qkv, kept["conv"] = self.convolve(qkv, call, state)
+        else:
+            qk, kept["conv"] = self.convolve(qkv[..., : self.convolved], call, state)
+            qkv = torch.cat([qk, qkv[..., self.convolved :]], -1)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split_with_sizes(self.sizes, -1))
+        return widen(q), widen(self.expand_k(k)), widen(self.expand_v(v)), kept, others
+
+    def hide(self, x, call: Call):
+        """Zeros behind a row's last token, x (rows, seq_len, ...)."""
+        real = call.real()
+        return x if real is None else x.masked_fill(~real.view(*real.shape, *[1] * (x.dim() - 2)), 0)
+
+    def finish(self, y, gate, u):
+        """From what was read of the state, (rows, seq_len, heads, head_dim), to the output, as u."""
+        y = self.norm(y.to(u.dtype)).flatten(-2)
+        return self.out_proj(silu_gate(gate, y) if self.gated else y)
+
+
+class BMojoDeltaNet(BMojoDelta):
+    """Gated DeltaNet's mixer (arXiv 2412.06464): a complete layer from (rows, seq_len, hidden_size) to the same."""
+
+    def __init__(self, config):
+        super().__init__(config, "gated_deltanet", config.num_attention_heads)
+        self.strongest = 2.0 if config.allow_neg_eigval else 1.0
+
+    def forward(self, u, call: Call, state=None):
+        """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
+        q, k, v, kept, (gate, dt, beta) = self.project(u, call, state)
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        tokens = [q * self.head_dim**-0.5, k, v]
+        tokens += [self.hide(x, call) for x in (self.dynamics(dt), self.strongest * widen(beta).sigmoid())]
+        if call.step is None:
+            y, kept["ssm"] = delta_scan(*tokens, None if state is None else state["ssm"], self.chunk_size)
+        else:
+            y, kept["ssm"] = delta_step(
+                *(x.squeeze(1) for x in tokens), state["ssm"], call.may_overwrite(state["ssm"])
+            )
+            y = y[:, None]
+        return self.finish(y, gate, u), kept, {}
+
+
+class BMojoKalmaNet(BMojoDelta):
+    """Gated KalmaNet's mixer (the authors' hybrid-model-factory): a complete layer from (rows, seq_len, hidden_size) to the same."""
+
+    def __init__(self, config):
+        super().__init__(config, "gated_kalmanet")
+        self.solver = {name: getattr(config, name) for name in ("ridge_strength", "num_iter", "bp_lambda")}
+        self.forgets = config.use_forgetting_gate, config.use_forgetting_gate and config.use_forgetting_gate_kk
+        self.scale = config.head_dim**-0.5 if config.gla_rescale else 1.0
+        self.b_proj = self.alpha_proj = None
+        if config.use_beta_gate:
+            self.b_proj = nn.Linear(config.hidden_size, self.heads)
+        if config.use_alpha_connection:
+            self.alpha_proj = nn.Linear(config.hidden_size, self.heads)
+
+    def forward(self, u, call: Call, state=None):
+        """Returns y as u, the tensors "conv", "ssm" and "kk_ssm" of the new state, and nothing to show."""
+        q, k, v, kept, (gate, dt) = self.project(u, call, state)
+        q, k = (x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6) for x in (q, k))
+        if self.b_proj is not None:
+            beta = widen(self.b_proj(u)).sigmoid()[..., None] + 1e-6
+            k, v = k * beta, v * beta
+        decay = self.hide(self.dynamics(dt), call) if self.forgets[0] else torch.zeros_like(q[..., 0])
+        decay_kk = decay if self.forgets[1] else torch.zeros_like(decay)
+        alpha = torch.ones_like(decay) if self.alpha_proj is None else widen(self.alpha_proj(u)).sigmoid()
+        tokens = [q, self.hide(k, call), v, decay, decay_kk, alpha]
+        if call.step is None:
+            before = (None, None) if state is None else (state["ssm"], state["kk_ssm"])
+            y, kept["ssm"], kept["kk_ssm"] = kalman_scan(*tokens, *before, self.chunk_size, **self.solver)
+        else:
+            before = state["ssm"], state["kk_ssm"]
+            in_place = all(map(call.may_overwrite, before))
+            y, kept["ssm"], kept["kk_ssm"] = kalman_step(
+                *(x.squeeze(1) for x in tokens), *before, in_place, **self.solver
+            )
+            y = y[:, None]
+        return self.finish(y * self.scale, gate, u), kept, {}
+
+
+class BMojoHeadExpansion(nn.Module):
+    """From key-value heads to all heads: each repeated, or a learned mixture of them, plus a low-rank function of all."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.down_proj = nn.Linear(kv_heads * config.head_dim, config.kv_proj_rank, bias=False)
+        self.up_proj = nn.Linear(config.kv_proj_rank, self.heads * config.head_dim, bias=False)
+        self.mixture = nn.Parameter(torch.zeros(self.heads, kv_heads)) if config.kv_learnable_residual else None
+
+    def forward(self, x):
+        """(rows, seq_len, kv_heads, head_dim) to (rows, seq_len, heads, head_dim)."""
+        added = self.up_proj(F.silu(self.down_proj(x.flatten(-2)))).unflatten(-1, (self.heads, -1))
+        return added + (repeat_heads(x, self.heads) if self.mixture is None else self.mixture @ x)
+
+    def initialise(self):
+        """Where mixtures are learned, they begin as repetitions."""
+        if self.mixture is not None:
+            heads, kv_heads = self.mixture.shape
+            init.copy_(self.mixture, torch.eye(kv_heads).repeat_interleave(heads // kv_heads, 0))
+
+
+def repeat_heads(x, heads: int):
+    """(rows, seq_len, kv_heads, head_dim) to (rows, seq_len, heads, head_dim), each repeated in a row."""
+    return x.repeat_interleave(heads // x.shape[-2], -2) if heads > x.shape[-2] else x
+
+
+SSM_CLASSES = {
+    "mamba": BMojoMamba,
+    "mamba2": BMojoMamba2,
+    "gated_deltanet": BMojoDeltaNet,
+    "gated_kalmanet": BMojoKalmaNet,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -623,23 +823,58 @@ class BMojoAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_bias
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias
         )
         self.q_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
+        self.head_dim, self.scale, self.key_multiplier = config.head_dim, score_scale(config), config.key_multiplier
+        self.interleaved = config.rotary_dim if config.rope_interleave else 0
+        self.conv1d = None
+        if config.attention_conv_kernel:
+            channels, taps = self.q_proj.out_features + 2 * kv_size, config.attention_conv_kernel
+            self.conv1d = BMojoConv1d(channels, channels, taps, groups=channels, bias=True, padding=0)
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim))
 
+    def query_heads(self, x, norm=None):
+        """Projected queries (..., heads * head_dim) to (..., heads, head_dim), as they are before the rotation."""
+        query = (norm or self.q_norm)(self.heads(x))
+        return self.halves(query) if self.interleaved else query
+
+    def key_heads(self, x, norm=None):
+        """Projected keys (..., kv heads * head_dim) to (..., kv heads, head_dim), as they are before the rotation."""
+        key = (norm or self.k_norm)(self.heads(x))
+        if self.key_multiplier != 1:
+            key = key * self.key_multiplier
+        return self.halves(key) if self.interleaved else key
+
+    def halves(self, x):
+        """Entries 2i and 2i + 1, which turn together, moved to i and i + half: scores do not see the order of entries."""
+        front, rest = x.split_with_sizes([self.interleaved, self.head_dim - self.interleaved], -1)
+        return torch.cat([front[..., ::2], front[..., 1::2], rest], -1)
+
+    def project(self, u, call: Call, state):
+        """Queries and keys, rotated, and values, each (rows, seq_len, heads, head_dim); and what of the state this keeps."""
+        query, key, value, kept = self.q_proj(u), self.k_proj(u), self.v_proj(u), {}
+        if self.conv1d is not None:
+            sizes, joint = [query.shape[-1], key.shape[-1], value.shape[-1]], torch.cat([query, key, value], -1)
+            if state is None:
+                history = joint.new_zeros(len(joint), self.conv1d.kernel_size[0] - 1, joint.shape[2])
+            else:
+                history = state["qkv_conv"]
+            kept["qkv_conv"] = last_rows(history, joint, call.lengths)
+            joint = self.conv1d(torch.cat([history.to(joint.dtype), joint], 1).transpose(1, 2)).transpose(1, 2)
+            query, key, value = joint.split_with_sizes(sizes, -1)
+        query, key = self.query_heads(query), self.key_heads(key)
+        return rotate(query, call.cos, call.sin), rotate(key, call.cos, call.sin), self.heads(value), kept
+
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
-        query = rotate(self.q_norm(self.heads(self.q_proj(u))), call.cos, call.sin)
-        key = rotate(self.k_norm(self.heads(self.k_proj(u))), call.cos, call.sin)
-        value = self.heads(self.v_proj(u))
+        query, key, value, kept = self.project(u, call, state)
         if state is not None:
             key, value = self._append(state["full_key"], key, call), self._append(state["full_value"], value, call)
-            state = {"full_key": key, "full_value": value}
+            state = {"full_key": key, "full_value": value, **kept}
         columns = torch.arange(key.shape[1], device=u.device)
         if state is not None:  # columns that hold no token of the row
             key, value = (x.masked_fill((columns >= call.end())[..., None, None], 0) for x in (key, value))
@@ -725,35 +960,39 @@ class BMojoWindowAttention(BMojoAttention):
         tokens = {"key": key, "value": value}
         return {name: call.put(state[name], 2, index, token.transpose(1, 2)) for name, token in tokens.items()}
 
-    def attend_to_cache(self, state, call: Call, query, eidetic_query=None):
+    def attend_to_cache(self, state, call: Call, query, eidetic_query=None, fading_query=None):
         """The mix of values for one query of each row, (rows, 1, heads, head_dim); queries are scaled already."""
         rows, _, heads, head_dim = query.shape
         key, value, mask = state["key"], state["value"], call.step.mask[self.layer_type]
         if key.dtype is not query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
         key, value, shape = key.flatten(0, 1), value.flatten(0, 1), (-1, heads // key.shape[1], head_dim)
-        if eidetic_query is None:
+        if eidetic_query is None and fading_query is None:
             scores = torch.bmm(query.reshape(shape), key.transpose(1, 2))
-        else:  # two products of few queries with many keys: cheaper than one of twice the queries
-            memory = self.slots["eidetic"]
-            eidetic_key = key[:, memory]
-            if self.ranked:
-                eidetic_key = self.in_cache(state, "key", "eidetic").to(query.dtype)
-                eidetic_key = self.eidetic_key(eidetic_key, call).transpose(1, 2).flatten(0, 1)
-            near = torch.bmm(query.reshape(shape), key[:, : memory.start].transpose(1, 2))
-            far = torch.bmm(eidetic_query.reshape(shape), eidetic_key.transpose(1, 2))
-            scores = torch.cat([near, far], -1)
+        else:  # a product of few queries with many keys for each: cheaper than one of all queries
+            parts, near = [], key
+            if eidetic_query is not None:
+                memory = self.slots["eidetic"]
+                eidetic_key = key[:, memory]
+                if self.ranked:
+                    eidetic_key = self.in_cache(state, "key", "eidetic").to(query.dtype)
+                    eidetic_key = self.eidetic_key(eidetic_key, call).transpose(1, 2).flatten(0, 1)
+                near = key[:, : memory.start]
+                parts = [torch.bmm(eidetic_query.reshape(shape), eidetic_key.transpose(1, 2))]
+            if fading_query is not None:
+                fading = self.slots["fading"]
+                near = key[:, : fading.start]
+                parts.insert(0, torch.bmm(fading_query.reshape(shape), key[:, fading].transpose(1, 2)))
+            scores = torch.cat([torch.bmm(query.reshape(shape), near.transpose(1, 2)), *parts], -1)
         weights = (scores + mask).softmax(-1)
         weights = weights if weights.dtype is value.dtype else weights.to(value.dtype)
         return torch.bmm(weights, value).view(rows, 1, heads, head_dim)
 
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
-        query = rotate(self.q_norm(self.heads(self.q_proj(u))), call.cos, call.sin)
-        key = rotate(self.k_norm(self.heads(self.k_proj(u))), call.cos, call.sin)
-        value = self.heads(self.v_proj(u))
+        query, key, value, kept = self.project(u, call, state)
         if call.step is not None:
-            state = self.put(state, call, key, value)
+            state = self.put(state, call, key, value) | kept
             mixed = self.attend_to_cache(state, call, query * self.scale)
         else:
             past = 0 if call.past is None else call.past[:, None]
@@ -761,7 +1000,7 @@ class BMojoWindowAttention(BMojoAttention):
             mixed = memory_attention(  # without a memory, chunks only say how queries may be cut
                 query, *window, past=call.past, window=self.window, chunk_size=64, scale=self.scale
             )
-            state = None if state is None else self.into_cache(state, {"window": (key, value)}, call)
+            state = None if state is None else self.into_cache(state, {"window": (key, value)}, call) | kept
         return self.o_proj(mixed.flatten(-2)), state, {}
 
 
@@ -783,6 +1022,12 @@ class BMojoMixer(BMojoWindowAttention):
             kv_size = config.num_key_value_heads * config.head_dim
             self.fading_k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
             self.fading_v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.asks_twice = config.fading_query
+        if config.fading_query:
+            size = config.num_attention_heads * config.head_dim
+            self.fading_q_proj = nn.Linear(config.hidden_size, size, bias=config.attention_bias)
+            norm = partial(BMojoRMSNorm, config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity
+            self.fading_q_norm, self.fading_k_norm = norm(), norm()
         if self.memory and config.innovation_predictor == "learnable":
             self.predictor = BMojoPredictor(config)
 
@@ -848,7 +1093,7 @@ class BMojoMixer(BMojoWindowAttention):
     def attend_single(self, u, y, innovation, call: Call, state):
         """The mix for one token of each row, what of the state attention keeps, and the memory of the token's chunk."""
         step = call.step
-        query = self.q_norm(self.heads(self.q_proj(u)))
+        query = self.query_heads(self.q_proj(u))
         if self.fades and self.tied:  # one product for both
             both = torch.cat([u, y], 1)
             key, value = self.k_proj(both), self.v_proj(both)
@@ -857,14 +1102,22 @@ class BMojoMixer(BMojoWindowAttention):
             if self.fades:
                 key = torch.cat([key, self.fading_k_proj(y)], 1)
                 value = torch.cat([value, self.fading_v_proj(y)], 1)
-        key, value = self.k_norm(self.heads(key)), self.heads(value)
+        if self.asks_twice:
+            key = torch.cat([self.key_heads(key[:, :1]), self.key_heads(key[:, 1:], self.fading_k_norm)], 1)
+        else:
+            key = self.key_heads(key)
+        value = self.heads(value)
         heads, rings = query.shape[2], key.shape[1]
         queries = [query, query] if self.memory else [query]
+        if self.asks_twice:
+            queries.append(self.query_heads(self.fading_q_proj(u), self.fading_q_norm))
         turned = rotate.definition(
             torch.cat([*queries, key.reshape(len(key), 1, -1, key.shape[3])], 2), step.cos, step.sin
         )
         kept = self.put(state, call, turned[:, 0, len(queries) * heads :].unflatten(1, (rings, -1)), value)
-        positions = eidetic_query = None
+        positions = eidetic_query = fading_query = None
+        if self.asks_twice:
+            fading_query = turned[:, :, (len(queries) - 1) * heads : len(queries) * heads]
         if self.memory:
             slot = step.index["bmojo"][:, 0, :1, 0]
             kept["window_innovation"] = call.put(state["window_innovation"], 1, slot, innovation)
@@ -873,7 +1126,8 @@ class BMojoMixer(BMojoWindowAttention):
                 kept = self.cross_boundary(kept, call)
             positions = kept["eidetic_position"][:, None]
             eidetic_query = turned[:, :, heads : 2 * heads]
-        return self.attend_to_cache(kept, call, turned[:, :, :heads], eidetic_query), kept, positions
+        mixed = self.attend_to_cache(kept, call, turned[:, :, :heads], eidetic_query, fading_query)
+        return mixed, kept, positions
 
     def cross_boundary(self, state, call: Call):
         """The state after a chunk boundary: the c tokens that the boundary lets in, merged for the rows at one."""
@@ -901,14 +1155,17 @@ class BMojoMixer(BMojoWindowAttention):
 
     def attend(self, u, y, innovation, call: Call, state):
         """The mix for all tokens, what of the state attention keeps ({} without cache), and the memories of all chunks."""
-        query, key = self.q_norm(self.heads(self.q_proj(u))), self.k_norm(self.heads(self.k_proj(u)))
+        query, key = self.query_heads(self.q_proj(u)), self.key_heads(self.k_proj(u))
         spans = {"window": (rotate(key, call.cos, call.sin), self.heads(self.v_proj(u)))}
         if self.fades:
             spans["fading"] = self.fading_tokens(y, call)
         base = 0 if call.past is None else call.past[:, None] - call.phase
         length = call.seq_len + call.lead
         window = self.with_past(spans["window"], "window", call, state, base, self.window - 1, length)
-        fading = (None, None)
+        fading, fading_query = (None, None), None
+        if self.asks_twice:
+            fading_query = self.query_heads(self.fading_q_proj(u), self.fading_q_norm)
+            fading_query = call.align(rotate(fading_query, call.cos, call.sin))
         if self.fades:
             fading = self.with_past(spans["fading"], "fading", call, state, base, 2 * self.window - 1, length)
         eidetic, kept, positions = [None] * 4, {}, None
@@ -924,6 +1181,7 @@ class BMojoMixer(BMojoWindowAttention):
         mixed = memory_attention(
             *(call.align(rotate(query, call.cos, call.sin)), *window, *fading, *eidetic),
             past=None if call.past is None else base[:, 0],
+            fading_query=fading_query,
             window=self.window,
             chunk_size=self.chunk,
             scale=self.scale,
@@ -938,12 +1196,13 @@ class BMojoMixer(BMojoWindowAttention):
         tied = self.tied
         key = (self.k_proj if tied else self.fading_k_proj)(y)
         value = (self.v_proj if tied else self.fading_v_proj)(y)
-        return rotate(self.k_norm(self.heads(key)), call.cos, call.sin), self.heads(value)
+        norm = self.fading_k_norm if self.asks_twice else self.k_norm
+        return rotate(self.key_heads(key, norm), call.cos, call.sin), self.heads(value)
 
     def eidetic_key(self, key, call: Call):
         """Keys of a memory (..., eidetic_size, kv heads, head_dim), turned back by their rank where that counts."""
         if not self.ranked:
-            return key if call.scaling == 1 else key * call.scaling
+            return key if call.scaling == 1 else rotate(key, *call.table(torch.zeros(1, 1, device=key.device)))
         ranks = torch.arange(self.memory, 0, -1, device=key.device)  # the last place holds the newest: rank 1
         return rotate(key, *call.table(-ranks))
 
@@ -1025,10 +1284,28 @@ class BMojoPredictor(nn.Module):
         return predict(y, history, positions, self.weight)
 
 
+class BMojoHybridMixer(BMojoAttention):
+    """Full attention and an SSM side by side: both read the input, and their outputs are added, as in Falcon-H1."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.ssm = SSM_CLASSES[config.ssm_type](config)
+        self.multipliers = [getattr(config, f"{part}_multiplier") for part in ("ssm_in", "attention_in")]
+        self.multipliers += [getattr(config, f"{part}_multiplier") for part in ("ssm_out", "attention_out")]
+
+    def forward(self, u, call: Call, state=None):
+        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
+        ssm_in, attention_in, ssm_out, attention_out = self.multipliers
+        y, kept, _ = self.ssm(u * ssm_in, call, state)
+        mixed, new, _ = super().forward(u * attention_in, call, state)
+        return y * ssm_out + mixed * attention_out, (None if state is None else kept | new), {}
+
+
 MIXER_CLASSES = {
     "bmojo": BMojoMixer,
     "sliding_attention": BMojoWindowAttention,
     "full_attention": BMojoAttention,
+    "hybrid": BMojoHybridMixer,
 }
 
 
@@ -1041,19 +1318,25 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         layer_type = config.layers_block_type[layer_idx]
-        self.input_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = block_norm(config)
         if layer_type in SSM_CLASSES:
             self.mixer = SSM_CLASSES[layer_type](config)
         else:
             self.mixer = MIXER_CLASSES[layer_type](config, layer_idx)
         self.mlp = None
         if config.intermediate_size is not None:
-            self.post_attention_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_attention_layernorm = block_norm(config)
             self.mlp = BMojoMLP(config)
+        self.residual_in_fp32 = config.residual_in_fp32
+
+    def mixer_input(self, hidden_states):
+        """The normed residual stream, in the dtype of the weights."""
+        normed = self.input_layernorm(hidden_states)
+        return normed.to(self.input_layernorm.weight.dtype) if self.residual_in_fp32 else normed
 
     def forward(self, hidden_states, call: Call | PackedCall, state=None):
         """Returns the hidden states, the new state (None without cache), and what a bmojo mixer remembered."""
-        normed = self.input_layernorm(hidden_states)
+        normed = self.mixer_input(hidden_states)
         if isinstance(call, PackedCall):
             mixed, memory = call.mix(self.mixer, normed)
             new_state = None
@@ -1061,7 +1344,10 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             mixed, new_state, memory = self.mixer(normed, call, state)
         hidden_states = hidden_states + mixed
         if self.mlp is not None:
-            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            normed = self.post_attention_layernorm(hidden_states)
+            if self.residual_in_fp32:
+                normed = normed.to(self.post_attention_layernorm.weight.dtype)
+            hidden_states = hidden_states + self.mlp(normed)
         return hidden_states, (None if state is None else new_state), memory
 
 
@@ -1094,10 +1380,13 @@ class BMojoPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, BMojoDynamics):
+        elif isinstance(module, (BMojoDynamics, BMojoDecay, BMojoHeadExpansion)):
             module.initialise()
         elif isinstance(module, BMojoRMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, BMojoLayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, BMojoPredictor):
             init.constant_(module.weight, 1 / module.weight.shape[0])
 
@@ -1120,8 +1409,9 @@ class BMojoModel(BMojoPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([BMojoDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = block_norm(config)
         self.gradient_checkpointing = False
+        self.embedding_multiplier, self.residual_in_fp32 = config.embedding_multiplier, config.residual_in_fp32
         self.plan, self.chunk = step_plan(config), config.eidetic_chunk_size
         self.layer_types = list(config.layers_block_type)
         self.post_init()
@@ -1162,6 +1452,8 @@ class BMojoModel(BMojoPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         _check_arguments(self.config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
+        if self.residual_in_fp32:
+            inputs_embeds = widen(inputs_embeds)
         asked_for_cache, use_cache = use_cache, self._use_cache(use_cache, past_key_values)
         cache = past_key_values
         seen, past = 0, None
@@ -1189,6 +1481,8 @@ class BMojoModel(BMojoPreTrainedModel):
 
         back = (lambda x: x) if layout is None else layout.from_rows
         last_hidden_state = back(self.norm(hidden_states))
+        if self.residual_in_fp32:
+            last_hidden_state = last_hidden_state.to(self.norm.weight.dtype)
         losses = [memory["loss"] for memory in memories if "loss" in memory]
         output = BMojoModelOutput(
             last_hidden_state=last_hidden_state,
@@ -1222,7 +1516,8 @@ class BMojoModel(BMojoPreTrainedModel):
                 raise ValueError(
                     f"input_ids run from {low} to {high}; the vocabulary has ids 0 to {size - 1}. Is the tokenizer the model's?"
                 )
-        return self.embed_tokens(input_ids)
+        embeds = self.embed_tokens(input_ids)
+        return embeds if self.embedding_multiplier == 1 else embeds * self.embedding_multiplier
 
     def _use_cache(self, use_cache, past_key_values) -> bool:
         if use_cache is None:
@@ -1269,9 +1564,12 @@ class BMojoModel(BMojoPreTrainedModel):
         """
         dtype = at_least_float32(like)
         inv_freq, scaling = rotary_frequencies(self.config)
+        head_dim = self.plan.head_dim
 
         def table(positions, inverse=False):
             cos, sin = rotary_table(positions, inv_freq, 1 / scaling if inverse else scaling, dtype)
+            if cos.shape[-1] < head_dim:
+                cos = F.pad(cos, (0, head_dim - cos.shape[-1]), value=1.0)
             return (cos, -sin) if inverse else (cos, sin)
 
         positions = torch.arange(seq_len, device=like.device)[None]
@@ -1330,7 +1628,10 @@ class BMojoModel(BMojoPreTrainedModel):
                 kept.append(hidden_states)
             state = None
             if cache is not None:
-                state = cache.layer_state(layer_idx, self.layer_types[layer_idx], hidden_states)
+                like = hidden_states  # what the mixer's input is like
+                if self.residual_in_fp32:
+                    like = like[:, :0].to(layer.input_layernorm.weight.dtype)
+                state = cache.layer_state(layer_idx, self.layer_types[layer_idx], like)
                 if cache.is_recording_past():
                     replays.append(partial(_replay, layer, hidden_states.detach(), call, state))
             hidden_states, state, memory = layer(hidden_states, call, state)
@@ -1343,7 +1644,7 @@ class BMojoModel(BMojoPreTrainedModel):
 def _replay(layer, hidden_states, call: Call, state, lengths):
     """The state of a layer after only the first `lengths` tokens of a call."""
     shorter = replace(call, lengths=lengths.to(hidden_states.device), in_place=False)
-    return layer.mixer(layer.input_layernorm(hidden_states), shorter, state)[1]
+    return layer.mixer(layer.mixer_input(hidden_states), shorter, state)[1]
 
 
 def _check_cache(cache, config):
@@ -1375,17 +1676,17 @@ def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kw
 
 
 @functools.lru_cache(maxsize=8)
-def _default_frequencies(theta: float, head_dim: int) -> torch.Tensor:
+def _default_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
     with torch.inference_mode(False):  # where a first call may be, and a later one not
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim
         return torch.tensor(theta, dtype=torch.float64, device="cpu") ** -exponents
 
 
 def rotary_frequencies(config) -> tuple[torch.Tensor, float]:
-    """inv_freq (head_dim / 2,) and the factor on cos and sin, from the config at use: no buffer that a cast could round."""
-    parameters = config.rope_parameters
-    if parameters["rope_type"] == "default":
-        return _default_frequencies(float(parameters["rope_theta"]), config.head_dim), 1.0
+    """inv_freq (rotary_dim / 2,) and the factor on cos and sin, from the config at use: no buffer that a cast could round."""
+    parameters, rotary_dim = config.rope_parameters, config.rotary_dim
+    if parameters["rope_type"] == "default" or not rotary_dim:
+        return _default_frequencies(float(parameters["rope_theta"]), rotary_dim), 1.0
     return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
 
 
@@ -1398,6 +1699,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BMojoModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head_multiplier = config.lm_head_multiplier
         self.post_init()
 
     @can_return_tuple
@@ -1448,6 +1750,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, keep])
+        if self.lm_head_multiplier != 1:
+            logits = logits * self.lm_head_multiplier
 
         loss = None
         if labels is not None:

@@ -319,12 +319,18 @@ def rotary_table(positions, inv_freq, scaling: float, dtype):
 def rotate(x, cos, sin):
     """Rotate x (..., heads, head_dim) by a `rotary_table` (..., heads or head_dim): computed in float32 or wider, returned in x's dtype.
 
-    cos and sin lack the axis of heads, unless they have as many as x.
+    cos and sin lack the axis of heads, unless they have as many as x. Where sin is narrower than a head, only so many
+    entries at its front are rotated, and the others multiplied by their cos.
     """
     if cos.dim() < x.dim():
         cos, sin = cos[..., None, :], sin[..., None, :]
-    wide = widen(x)
-    turned = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
+    wide, width = widen(x), sin.shape[-1]
+    if width == x.shape[-1]:
+        turned = torch.addcmul(wide * cos, wide.roll(width // 2, -1), sin)
+    else:
+        front = wide[..., :width]
+        front = torch.addcmul(front * cos[..., :width], front.roll(width // 2, -1), sin)
+        turned = torch.cat([front, wide[..., width:] * cos[..., width:]], -1)
     return turned if turned.dtype is x.dtype else turned.to(x.dtype)
 
 
@@ -344,6 +350,7 @@ def memory_attention(
     eidetic_value=None,
     memory=None,
     past=None,
+    fading_query=None,
     *,
     window: int,
     chunk_size: int,
@@ -363,6 +370,7 @@ def memory_attention(
         eidetic_key, eidetic_value: whatever can be in a memory, (rows, entries, num_key_value_heads, head_dim).
         memory: (rows, chunks, eidetic_size) int64, which entries the queries of a chunk see, -1 where a place is empty.
         past: (rows,) int64, tokens before the first query; None: 0. Positions below 0 do not exist.
+        fading_query: as query, for the fading keys; None: the query itself.
         window: the number of tokens in the window.
         chunk_size: queries of a chunk.
         scale: factor on the scores.
@@ -379,7 +387,7 @@ def memory_attention(
     def in_blocks(x):  # (rows, seq_len, ...) to (rows, blocks, block, ...)
         return F.pad(x, (0, 0) * (x.dim() - 2) + (0, count * block - seq_len)).unflatten(1, (count, block))
 
-    def span(key, value, newest, oldest):
+    def span(query_blocks, key, value, newest, oldest):
         before, width = key.shape[1] - seq_len, oldest - newest + block - 1
         slots = torch.arange(1 - oldest, (count - 1) * block + width + 1 - oldest, device=key.device)
         exists = (slots >= -before)[None] if past is None else (slots >= -before) & (slots >= -past[:, None])
@@ -392,9 +400,10 @@ def memory_attention(
         return query_blocks, key, value, visible
 
     query_blocks = in_blocks(query)
-    spans = [span(window_key, window_value, 0, window)]
+    spans = [span(query_blocks, window_key, window_value, 0, window)]
     if fading_key is not None:
-        spans.append(span(fading_key, fading_value, window, 2 * window))
+        fading_blocks = query_blocks if fading_query is None else in_blocks(fading_query)
+        spans.append(span(fading_blocks, fading_key, fading_value, window, 2 * window))
     if memory is not None:
         spans.append(_eidetic_span(in_blocks(eidetic_query), eidetic_key, eidetic_value, memory, chunk_size))
     return span_attention(spans, scale).flatten(1, 2)[:, :seq_len]
@@ -415,7 +424,7 @@ def _eidetic_span(query, key, value, memory, chunk_size):
 
 
 def span_attention(spans, scale: float):
-    """One softmax over the keys of several spans, each with its own queries (they differ in rotation only).
+    """One softmax over the keys of several spans, each with its own queries.
 
     Args:
         spans: list of (query, key, value, visible). query (..., seq_len, num_heads, head_dim); key and value (...,

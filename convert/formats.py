@@ -3,8 +3,13 @@
 from pathlib import Path
 
 from .core import Format, Refusal
+from .falcon_h1 import FalconH1
+from .falcon_mamba import FalconMamba
+from .hmf import HMF
+from .jamba import Jamba
 from .llama import Llama, Mistral, Qwen3
 from .mamba import Mamba, Mamba2
+from .native import Native
 
 
 FORMATS: tuple[Format, ...] = (
@@ -13,6 +18,11 @@ FORMATS: tuple[Format, ...] = (
     Qwen3(),
     Mamba(),
     Mamba2(),
+    FalconMamba(),
+    Jamba(),
+    FalconH1(),
+    Native(),
+    HMF(),
 )
 OURS = "bmojo"
 

@@ -10,12 +10,17 @@ SAME = (
     "vocab_size hidden_size num_hidden_layers state_size conv_kernel expand use_bias use_conv_bias time_step_min "
     "time_step_max time_step_floor initializer_range tie_word_embeddings use_cache"
 )
+LEFT_OVER = (  # of the native checkpoints that published ones were made from; transformers' classes read none of them
+    "d_model d_inner n_layer ssm_cfg attn_layer_idx attn_cfg d_intermediate rms_norm norm_before_gate fused_add_norm "
+    "pad_vocab_size_multiple tie_embeddings"
+)
 
 
 class Mixers(Format):
-    """What both share."""
+    """What all of them share."""
 
     architecture: str
+    layer_type: str  # of ours
     own: str
     neutral: str
 
@@ -24,8 +29,8 @@ class Mixers(Format):
         return (self.name,)
 
     def read(self, config: dict):
-        used = f"{SAME} layer_norm_epsilon hidden_act {self.own}"
-        return theirs.read(config, self.name, used, f"residual_in_fp32 rescale_prenorm_residual {self.neutral}")
+        used = f"{SAME} layer_norm_epsilon hidden_act residual_in_fp32 {self.own}"
+        return theirs.read(config, self.name, used, f"rescale_prenorm_residual {LEFT_OVER} {self.neutral}")
 
     def to_bmojo(self, config):
         found = self.read(config)
@@ -33,20 +38,22 @@ class Mixers(Format):
             "intermediate_size": None,
             "mamba_hidden_act": found.hidden_act,
             "rms_norm_eps": found.layer_norm_epsilon,
-            "layers_block_type": [self.name] * found.num_hidden_layers,
+            "residual_in_fp32": found.residual_in_fp32,
+            "layers_block_type": [self.layer_type] * found.num_hidden_layers,
             **theirs.special_tokens(found),
         }
 
     def from_bmojo(self, config):
         for number, kind in enumerate(config.layers_block_type):
-            if kind != self.name:
+            if kind != self.layer_type:
                 raise Refusal(
-                    f"layers_block_type has {kind!r} for layer {number}; {self.name} has {self.name!r} only."
+                    f"layers_block_type has {kind!r} for layer {number}; {self.name} has {self.layer_type!r} only."
                 )
         if config.intermediate_size is not None:
             raise Refusal(f"intermediate_size is {config.intermediate_size}: layers of {self.name} have no MLP.")
         fields = {name: getattr(config, name) for name in SAME.split()}
         fields |= {"layer_norm_epsilon": config.rms_norm_eps, "hidden_act": config.mamba_hidden_act}
+        fields |= {"residual_in_fp32": config.residual_in_fp32}
         fields |= theirs.special_tokens(config)
         return theirs.write(self.name, self.architecture, fields | self.export_own(config))
 
@@ -95,8 +102,21 @@ def projections(found, projected: int, convolved: int, inner: int) -> dict[str, 
     return names
 
 
+def selective_mixer(found) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Of Mamba's mixer, as `Mixers.mixer`, from sizes under the names of transformers' MambaConfig."""
+    inner, state, rank = found.intermediate_size, found.state_size, found.time_step_rank
+    return projections(found, 2 * inner, inner, inner) | {
+        "x_proj.weight": ("x_proj.weight", (rank + 2 * state, inner)),
+        "dt_proj.weight": ("dt_proj.weight", (inner, rank)),
+        "dynamics.dt_bias": ("dt_proj.bias", (inner,)),
+        "dynamics.A_log": ("A_log", (inner, state)),
+        "dynamics.D": ("D", (inner,)),
+    }
+
+
 class Mamba(Mixers):
     name, architecture = "mamba", "MambaForCausalLM"
+    layer_type = "mamba"
     own = "time_step_rank intermediate_size"
     neutral = "time_step_scale time_step_init_scheme use_mambapy use_associative_scan"
 
@@ -113,20 +133,14 @@ class Mamba(Mixers):
         return {"time_step_rank": config.time_step_rank, "intermediate_size": inner}
 
     def mixer(self, found):
-        inner, state, rank = found.intermediate_size, found.state_size, found.time_step_rank
-        return projections(found, 2 * inner, inner, inner) | {
-            "x_proj.weight": ("x_proj.weight", (rank + 2 * state, inner)),
-            "dt_proj.weight": ("dt_proj.weight", (inner, rank)),
-            "dynamics.dt_bias": ("dt_proj.bias", (inner,)),
-            "dynamics.A_log": ("A_log", (inner, state)),
-            "dynamics.D": ("D", (inner,)),
-        }
+        return selective_mixer(found)
 
 
 class Mamba2(Mixers):
     name, architecture = "mamba2", "Mamba2ForCausalLM"
+    layer_type = "mamba2"
     own = "num_heads head_dim n_groups time_step_limit chunk_size"
-    neutral = "time_step_rank"  # of Mamba; read by nothing in Mamba2
+    neutral = "time_step_rank intermediate_size"  # of Mamba; read by nothing in Mamba2
 
     def read(self, config):
         found = super().read(config)

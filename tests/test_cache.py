@@ -19,6 +19,11 @@ MIXED = {
     "num_hidden_layers": 5,
 }
 ONE_LAYER = {"num_hidden_layers": 1}
+CONVOLVED = {
+    "layers_block_type": ["hybrid", "full_attention", "sliding_attention"],
+    "num_hidden_layers": 3,
+    "attention_conv_kernel": 4,
+}
 SIZES = {  # every layer type, and every choice that adds or drops a tensor
     "bmojo": {},
     "bmojo-mamba": {"ssm_type": "mamba"},
@@ -39,12 +44,15 @@ SIZES = {  # every layer type, and every choice that adds or drops a tensor
     "mamba-wide": ONE_LAYER | {"layers_block_type": ["mamba"], "mamba_intermediate_size": 31, "mixer_norm": "learned"},
     "sliding_attention": ONE_LAYER | {"layers_block_type": ["sliding_attention"]},
     "full_attention": ONE_LAYER | {"layers_block_type": ["full_attention"]},
+    "hybrid": ONE_LAYER | {"layers_block_type": ["hybrid"], "ssm_type": "mamba"},
+    "convolved": CONVOLVED,
     "mixed": MIXED,
 }
 STREAMED = {  # what rows, rollback and storage are tried on
     "bmojo": {},
     "bmojo-mamba": {"ssm_type": "mamba", "eidetic_position": "rank"},
     "wide-chunks": {"eidetic_chunk_size": 7, "sliding_window": 4, "innovation_predictor": "learnable"},
+    "convolved": CONVOLVED,
     "mixed": MIXED,
     "state-expansion": {
         "mamba_num_key_value_heads": 3, "n_groups": 6, "state_size": 6, "mixer_norm": "learned", "mamba_use_pos_emb": True,
@@ -126,6 +134,10 @@ def bytes_by_formula(config, rows: int, dtype: torch.dtype, columns: int) -> int
         "sliding_attention": 2 * kv * s * w,
         "full_attention": 2 * kv * s * columns,
     }
+    sizes["hybrid"] = sizes["full_attention"] + sizes[config.ssm_type]
+    for attention in ("sliding_attention", "full_attention", "hybrid"):
+        taps, query = config.attention_conv_kernel, config.num_attention_heads * config.head_dim
+        sizes[attention] += max(0, taps - 1) * (query + 2 * kv) * s
     sizes["bmojo"] = sizes[config.ssm_type]
     if config.fading_span:
         sizes["bmojo"] += 2 * kv * s * 2 * w
@@ -144,7 +156,7 @@ def test_bytes(tiny_model, changes, rows, dtype):
     model = tiny_model(dtype=dtype, **changes)
     config, cache = model.config, BMojoCache(model.config)
     assert cache.num_bytes() == 0
-    grows = "full_attention" in config.layers_block_type
+    grows = bool({"full_attention", "hybrid"} & set(config.layers_block_type))
     found, tables = [], set()
     for calls in ([1], [1, WINDOW - 2], [WINDOW], [2 * WINDOW, 1, 16 * WINDOW - 1]):
         read(model, cache, random_ids(rows, sum(calls)), calls)

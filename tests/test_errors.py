@@ -301,6 +301,7 @@ def rope(**parameters):
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0} | parameters}
 
 
+MULTIPLIERS = "key embedding lm_head attention_in attention_out ssm_in ssm_out".split()
 IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     *(
         ({name: value}, rf"{name} is {value}; it must be at least 1")
@@ -346,9 +347,30 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     ({"eidetic_position": "last"}, "eidetic_position has 'last'; allowed are 'constant', 'rank'"),
     ({"innovation_predictor": "mean"}, "innovation_predictor has 'mean'; allowed are 'average', .*, 'oldest'"),
     (rope(rope_type="dynamic", factor=2.0), r"rope_parameters\['rope_type'\] has 'dynamic'; allowed are 'default'"),
-    (rope(partial_rotary_factor=0.5), r"rope_parameters\['partial_rotary_factor'\] other than 1.0"),
+    *(
+        (rope(partial_rotary_factor=value), rf"'partial_rotary_factor'\] is {value}; it must be above 0 and at most 1")
+        for value in (0.0, -0.5, 1.5)
+    ),
+    (rope(partial_rotary_factor=0.5), "need an even number of entries to rotate, not 3"),
+    ({"position_embedding_type": "alibi"}, "position_embedding_type has 'alibi'; allowed are 'rope', 'nope'"),
+    *(({"softmax_scale": value}, f"softmax_scale is {value}; it must be None, or pos") for value in (0.0, math.inf)),
+    *(({f"{part}_multiplier": math.inf}, f"{part}_multiplier is inf; it must be finite") for part in MULTIPLIERS),
+    *(
+        ({f"{part}_multiplier": 1.5}, f"{part}_multiplier is 1.5, but only 'hybrid' layers have it")
+        for part in MULTIPLIERS[3:]
+    ),
+    ({"mlp_multipliers": [1.0]}, r"mlp_multipliers is \[1.0\]; it must be None or finite factors for gate, output"),
+    (
+        {"ssm_multipliers": [math.nan] * 5},
+        "ssm_multipliers is .*; it must be None or finite factors for z, x, B, C, dt",
+    ),
+    ({"ssm_multipliers": [1.0] * 5, "ssm_type": "mamba"}, "ssm_multipliers is .*, but no layer has a mamba2 SSM"),
+    ({"mlp_multipliers": [1.0, 1.0], "intermediate_size": None}, "mlp_multipliers is .*, but no layer has an MLP"),
+    ({"attention_conv_kernel": 4}, "attention_conv_kernel is 4; .* 0 where a layer is 'bmojo'"),
+    ({"attention_conv_kernel": -1}, "attention_conv_kernel is -1; it must be 0 .none. or more"),
+    *(({"unpadded_vocab_size": value}, f"unpadded_vocab_size is {value}; it must be None, or 1") for value in (0, 98)),
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-    ({"head_dim": 5}, "head_dim is 5; rotary embeddings need an even number"),
+    ({"head_dim": 5}, "head_dim is 5 and .*: rotary embeddings need an even number"),
     ({"n_groups": 4}, "mamba_num_heads 6 is not a multiple of n_groups 4"),
     ({"mamba_d_mlp": -1}, "mamba_d_mlp is -1; it must be 0 .no MLP inside the mixer. or more"),
     ({"mamba_intermediate_size": 0}, "mamba_intermediate_size is 0; it must be None or at least 1"),
@@ -363,6 +385,10 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     ({"mixer_rms_eps": 0.0}, "mixer_rms_eps is 0.0; it must be positive and finite"),
     ({"mamba_norm_eps": math.inf}, "mamba_norm_eps is inf; it must be positive and finite"),
     ({"mamba_use_pos_emb": True}, "mamba_use_pos_emb: .* so state_size 4 must be head_dim 6"),
+    *(
+        ({"mamba_use_pos_emb": True, "state_size": 6} | other, "mamba_use_pos_emb rotates B and C by halves: it needs")
+        for other in ({"rope_interleave": True}, {"position_embedding_type": "nope"})
+    ),
     (
         {"mamba_use_pos_emb": True, "layers_block_type": ["mamba2"] * 2, "head_dim": 5, "state_size": 5},
         "head_dim is 5; rotary embeddings need an even number",
@@ -417,6 +443,9 @@ def test_heads_that_do_not_divide(tiny_config):
         {"innovation_loss_coef": 0.0, "time_step_limit": [0.0, 1.0]},
         {"time_step_limit": [0.0, math.inf], "mamba_rms_norm": False, "mamba_norm_before_gate": True},
         {"mamba_num_key_value_heads": 4, "mamba_use_pos_emb": True, "ssm_type": "mamba"},
+        {"layers_block_type": ["mamba", "full_attention"], "position_embedding_type": "nope", "head_dim": 7},
+        {"layers_block_type": ["mamba"] * 2, "hidden_size": 10, "num_attention_heads": 2, "head_dim": None},
+        {"layers_block_type": ["mamba", "mamba2"], "hidden_size": 14, "num_attention_heads": 2, "head_dim": None},
     ],
     ids=named,
 )

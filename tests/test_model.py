@@ -23,6 +23,13 @@ from bmojo_tests.reference import select as select_by_definition
 LOSS_TOLERANCE = 1e-6  # transformers' loss function computes in float32, whatever the logits are
 W, C = 5, 3  # sliding_window and eidetic_chunk_size of the tiny model
 EVERY_LAYER = ["bmojo", "mamba2", "sliding_attention", "mamba", "full_attention", "bmojo"]
+PARTIAL = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.6}
+FALCON_H1 = {
+    "layers_block_type": ["hybrid"] * 2, "n_groups": 2, "key_multiplier": 0.6, "use_bias": True, "projectors_bias": False,
+    "embedding_multiplier": 1.5, "lm_head_multiplier": 0.7, "mlp_multipliers": [0.8, 1.2],
+    "attention_in_multiplier": 1.1, "attention_out_multiplier": 0.9, "ssm_in_multiplier": 1.3, "ssm_out_multiplier": 0.75,
+    "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+}  # fmt: skip
 VARIANTS = {
     "plain": {},
     "mamba": {"ssm_type": "mamba", "chunk_size": 2},
@@ -49,6 +56,46 @@ VARIANTS = {
     "no_mlp": {"intermediate_size": None, "tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True, "use_bias": True, "use_conv_bias": False},
     "groups_and_limit": {"n_groups": 2, "time_step_limit": (0.01, 0.3)},
+    "nope": {"position_embedding_type": "nope", "eidetic_position": "rank"},
+    "partial": {"rope_parameters": PARTIAL, "head_dim": 10, "softmax_scale": 0.7, "key_multiplier": 0.6},
+    "partial_rank": {
+        "rope_parameters": PARTIAL, "head_dim": 10, "rope_interleave": True, "eidetic_position": "rank",
+        "use_qk_norm": True, "key_multiplier": 0.6, "attention_bias": True, "attention_out_bias": False,
+    },
+    "attention_conv": {
+        "layers_block_type": ["full_attention", "sliding_attention", "hybrid"], "num_hidden_layers": 3,
+        "attention_conv_kernel": 4, "rope_interleave": True, "attention_out_bias": True,
+    },
+    "hybrid": FALCON_H1,
+    "hybrid_kalmanet": {"layers_block_type": ["hybrid"] * 2, "ssm_type": "gated_kalmanet", "ssm_out_multiplier": 0.7},
+    "hybrid_mamba": {"layers_block_type": ["hybrid", "bmojo"], "ssm_type": "mamba", "projectors_bias": True},
+    "layernorm": {"rms_norm": False, "residual_in_fp32": True, "layers_block_type": ["bmojo", "full_attention"]},
+    "fading_query": {"tie_attn_weights": False, "fading_query": True},
+    "fading_query_norms": {
+        "tie_attn_weights": False, "fading_query": True, "use_qk_norm": True, "eidetic_position": "rank",
+    },
+    "fading_query_factors": {
+        "tie_attn_weights": False, "fading_query": True, "use_qk_norm": True, "key_multiplier": 0.6, "softmax_scale": 0.7,
+        "rope_interleave": True, "rope_parameters": PARTIAL, "head_dim": 10,
+    },
+    "fading_query_alone": {
+        "tie_attn_weights": False, "fading_query": True, "use_qk_norm": True, "eidetic_size": 0,
+    },
+    "deltanet": {"ssm_type": "gated_deltanet", "mamba_norm_eps": 1e-3},
+    "deltanet_options": {
+        "ssm_type": "gated_deltanet", "allow_neg_eigval": True, "use_gate": False, "kv_proj_rank": 3,
+        "kv_learnable_residual": True, "use_conv_bias": False, "use_bias": True,
+    },
+    "deltanet_no_conv": {"ssm_type": "gated_deltanet", "use_short_conv": False, "num_key_value_heads": 1},
+    "kalmanet": {"ssm_type": "gated_kalmanet", "eidetic_size": 0},
+    "kalmanet_options": {
+        "ssm_type": "gated_kalmanet", "use_v_conv": False, "use_beta_gate": False, "use_alpha_connection": False,
+        "use_forgetting_gate_kk": False, "gla_rescale": False, "num_iter": 4, "ridge_strength": 0.3, "kv_proj_rank": 5,
+    },
+    "kalmanet_no_solution": {"ssm_type": "gated_kalmanet", "num_iter": 0, "use_forgetting_gate": False},
+    "delta_layers": {
+        "layers_block_type": ["gated_kalmanet", "sliding_attention", "gated_deltanet", "bmojo"], "num_hidden_layers": 4,
+    },
     "state_expansion": {  # Mamba2 as the authors' checkpoints have it
         "mamba_num_key_value_heads": 3, "mamba_num_heads": 6, "n_groups": 6, "state_size": 6, "mixer_norm": "learned",
         "mixer_rms_eps": 1e-2, "mamba_use_pos_emb": True, "mamba_norm_eps": 1e-1,
@@ -65,7 +112,9 @@ VARIANTS = {
     "falcon_mamba": {"ssm_type": "mamba", "mixer_norm": "weightless", "mixer_rms_eps": 1e-2, "intermediate_size": None},
 }  # fmt: skip
 SOME = ["every_layer", "rank_mamba_untied", "learnable", "chunk_above_window", "no_memory", "random"]
+SOME += ["delta_layers", "fading_query_norms"]
 SOME_SSM = ["state_expansion", "mamba2_options", "jamba"]
+SOME_ATTENTION = ["partial_rank", "attention_conv", "hybrid"]
 FEW = SOME[:2]
 NO_REFERENCE = {  # what the reference does not have
     "no_fading": {"fading_span": False, "innovation_predictor": "recent", "eidetic_position": "rank"},
@@ -275,7 +324,7 @@ def test_gradients_flow_through_cached_calls(make, form):
 # ---------------------------------------------------------------------------- causality
 
 
-@in_forms(SOME + SOME_SSM, FEW)
+@in_forms([*SOME, *SOME_SSM, *SOME_ATTENTION], FEW)
 @pytest.mark.parametrize("cached", [False, True])
 @torch.no_grad()
 def test_the_past_does_not_see_the_future(make, form, variant, cached):
@@ -304,7 +353,7 @@ def test_appended_tokens_change_nothing(make, variant):
         assert rel_error(model(ids[:, :seq_len], use_cache=False).logits, want[:, :seq_len]) < 1e-9
 
 
-@in_forms(SOME + SOME_SSM, FEW)
+@in_forms([*SOME, *SOME_SSM, *SOME_ATTENTION], FEW)
 def test_gradients_reach_only_the_past(make, form, variant):
     model = make(variant)
     embeds = model.model.embed_tokens(tokens(1, 4 * W)).detach().requires_grad_()
@@ -331,7 +380,7 @@ def padded(side, lengths=LENGTHS, width=24, seed=2):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
-@pytest.mark.parametrize("variant", SOME + SOME_SSM)
+@pytest.mark.parametrize("variant", [*SOME, *SOME_SSM, *SOME_ATTENTION])
 @torch.no_grad()
 def test_padded_rows_are_rows_alone(make, variant, side):
     """Logits, every cache tensor after them, and 30 steps of decoding from there."""
@@ -364,7 +413,7 @@ def test_padded_rows_are_rows_alone(make, variant, side):
         assert_same_state(cache_of_row(cache, row), cache_of_row(own, 0))
 
 
-@in_forms(["every_layer", "chunk_above_window"])
+@in_forms(["every_layer", "chunk_above_window", "attention_conv"])
 @torch.no_grad()
 def test_padded_rows_in_several_calls(make, form, variant):
     """Padding anywhere in calls of any size, single columns of a mixed batch among them."""
@@ -424,7 +473,9 @@ def boundaries(how):
 
 
 @pytest.mark.parametrize("how", ["seq_idx", "cu_seq_lens", "both_cu_seq_lens", "position_ids", "falling_position_ids"])
-@pytest.mark.parametrize("variant", ["every_layer", "mamba", "learnable", "chunk_above_window", *SOME_SSM])
+@pytest.mark.parametrize(
+    "variant", ["every_layer", "mamba", "learnable", "chunk_above_window", *SOME_SSM, *SOME_ATTENTION]
+)
 def test_packed_is_separate(make, variant, how):
     """Logits, memory, loss and gradients. In training mode: the learnable predictor's own loss counts too."""
     model = make(variant).train()
@@ -434,7 +485,7 @@ def test_packed_is_separate(make, variant, how):
     logits, loss, predictor_loss, targets = [], 0.0, 0.0, ids.shape[1] - len(DOCUMENTS)
     for number, document in enumerate(ids.split(DOCUMENTS, 1)):
         alone = model.model(document, output_eidetic=True)
-        logits.append(model.lm_head(alone.last_hidden_state))
+        logits.append(model.lm_head_multiplier * model.lm_head(alone.last_hidden_state))
         loss = loss + F.cross_entropy(logits[-1][0, :-1], document[0, 1:], reduction="sum") / targets
         if alone.predictor_loss is not None:
             predictor_loss = predictor_loss + document.shape[1] * alone.predictor_loss / ids.shape[1]
@@ -696,7 +747,7 @@ def test_every_dtype_is_kept_and_finite(tiny_model, variant, dtype, dt_bias):
     for name, tensor in cache.tensors().items():
         kind = name.split(".")[-1]
         wanted = {"lengths": torch.int64, "eidetic_position": torch.int64}.get(kind)
-        wanted = wanted or (wide if kind in ("ssm", "window_innovation", "eidetic_innovation") else dtype)
+        wanted = wanted or (wide if kind in ("ssm", "kk_ssm", "window_innovation", "eidetic_innovation") else dtype)
         assert tensor.dtype == wanted, name
         assert (tensor.isfinite() | (tensor == -torch.inf)).all(), name
     assert all(errors is None or (errors.dtype == wide and errors.isfinite().all()) for errors in first.innovations)
