@@ -5,6 +5,7 @@ from pathlib import Path
 from .core import Format, Refusal
 from .falcon_h1 import FalconH1
 from .falcon_mamba import FalconMamba
+from .hmf import HMF
 from .jamba import Jamba
 from .llama import Llama, Mistral, Qwen3
 from .mamba import Mamba, Mamba2
@@ -21,6 +22,7 @@ FORMATS: tuple[Format, ...] = (
     Jamba(),
     FalconH1(),
     Native(),
+    HMF(),
 )
 OURS = "bmojo"
 

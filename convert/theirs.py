@@ -27,7 +27,7 @@ MUST_BE = {  # where they are given; anything else is another architecture or an
 }
 
 
-def read(config: dict, model_type: str, used: str, neutral: str = ""):
+def read(config: dict, model_type: str, used: str, neutral: str = "", called: str | None = None):
     """A config.json as transformers' own class reads it: defaults filled in, older spellings understood.
 
     Args:
@@ -35,6 +35,7 @@ def read(config: dict, model_type: str, used: str, neutral: str = ""):
         model_type: whose class.
         used: the fields that the converter looks at.
         neutral: further ones of this family that leave the logits as they are.
+        called: the name of the format in messages, where it is not that of the class.
 
     Raises:
         Refusal: a field is neither, or of a wrong type.
@@ -48,7 +49,7 @@ def read(config: dict, model_type: str, used: str, neutral: str = ""):
         if name not in known and value is not None:
             raise Refusal(
                 f"config.json has {name} = {json.dumps(value)[:200]}, which this converter does not know for "
-                f"{model_type}: it could change the logits. Remove the field if it is known not to."
+                f"{called or model_type}: it could change the logits. Remove the field if it is known not to."
             )
         if name in MUST_BE and value not in MUST_BE[name]:
             raise Refusal(f"config.json has {name} = {json.dumps(value)[:200]}; only {MUST_BE[name][0]} is converted.")

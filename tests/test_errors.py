@@ -443,6 +443,9 @@ def test_heads_that_do_not_divide(tiny_config):
         {"innovation_loss_coef": 0.0, "time_step_limit": [0.0, 1.0]},
         {"time_step_limit": [0.0, math.inf], "mamba_rms_norm": False, "mamba_norm_before_gate": True},
         {"mamba_num_key_value_heads": 4, "mamba_use_pos_emb": True, "ssm_type": "mamba"},
+        {"layers_block_type": ["mamba", "full_attention"], "position_embedding_type": "nope", "head_dim": 7},
+        {"layers_block_type": ["mamba"] * 2, "hidden_size": 10, "num_attention_heads": 2, "head_dim": None},
+        {"layers_block_type": ["mamba", "mamba2"], "hidden_size": 14, "num_attention_heads": 2, "head_dim": None},
     ],
     ids=named,
 )
