@@ -8,7 +8,7 @@ from .core import Format, Piece, Refusal
 
 SAME = (
     "vocab_size hidden_size num_hidden_layers state_size conv_kernel expand use_bias use_conv_bias time_step_min "
-    "time_step_max time_step_floor initializer_range tie_word_embeddings use_cache"
+    "time_step_max time_step_floor initializer_range tie_word_embeddings use_cache residual_in_fp32"
 )
 
 
@@ -26,9 +26,7 @@ class Mixers(Format):
 
     def read(self, config: dict):
         used = f"{SAME} layer_norm_epsilon hidden_act intermediate_size {self.own}"
-        found = theirs.read(
-            config, self.name, used, f"residual_in_fp32 rescale_prenorm_residual layer_types {self.neutral}"
-        )
+        found = theirs.read(config, self.name, used, f"rescale_prenorm_residual layer_types {self.neutral}")
         return found
 
     def to_bmojo(self, config):
