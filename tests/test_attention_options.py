@@ -157,7 +157,7 @@ def test_partial_rotation_under_yarn_streams(tiny_model, position):
 @pytest.mark.parametrize(("kind", "differs"), [("nope", False), ("rope", True)])
 @torch.no_grad()
 def test_without_rotation_order_is_not_seen(tiny_model, kind, differs):
-    """What the first layer finds does not depend on where in the past a token stands. (The second sees it through causality.)"""
+    """What the first layer finds does not depend on where in the past a token stands; the second sees it, through causality."""
     model = tiny_model(position_embedding_type=kind, layers_block_type=["full_attention"] * 2, initializer_range=0.3)
     rows = torch.full((2, 12), 7)
     rows[0, 2], rows[1, 9] = 23, 23

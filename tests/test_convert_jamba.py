@@ -125,17 +125,18 @@ def test_recorded_jamba(shared, tmp_path):
         assert rel_error(twin(recorded["input_ids"]).logits, recorded["logits"]) < 1e-5
 
 
-def test_falcon_mamba_there_and_back(tmp_path):
-    """Through files, in bfloat16 too: logits are transformers', and every bit comes back."""
-    theirs = randomised(FalconMambaForCausalLM(FalconMambaConfig(**TINY_MAMBA, intermediate_size=28)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["32", "16"])
+def test_falcon_mamba_there_and_back(tmp_path, dtype):
+    """Through files: logits are transformers', and every bit comes back."""
+    theirs = randomised(FalconMambaForCausalLM(FalconMambaConfig(**TINY_MAMBA, intermediate_size=28))).to(dtype)
     theirs.save_pretrained(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "ours", verify=True, progress=False, say=(said := []).append)
     assert any("Verified" in line for line in said)
     convert(tmp_path / "ours", tmp_path / "theirs", export="falcon_mamba", progress=False, say=lambda line: None)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "theirs"))
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    twin = FalconMambaForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype == dtype for name in before)
+    twin = FalconMambaForCausalLM.from_pretrained(tmp_path / "theirs", dtype=dtype).eval()
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(twin(ids).logits, theirs(ids).logits)
@@ -184,8 +185,17 @@ MAMBA_OPTIONS = {
     "hidden_act": st.sampled_from(["silu", "gelu", "relu"]),
     "layer_norm_epsilon": st.sampled_from([1e-5, 1e-2]),
     "tie_word_embeddings": st.booleans(),
-    "residual_in_fp32": st.just(False),  # transformers then adds float32 to the float64 of these tests
+    "residual_in_fp32": st.booleans(),
 }
+
+
+def test_fields_of_the_native_origin_are_no_obstacle():
+    """Published files of transformers' Mamba keep some, which its class does not read."""
+    config = json.loads(MambaConfig(**TINY_MAMBA).to_json_string())
+    left = {"d_model": 20, "ssm_cfg": {}, "rms_norm": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8}
+    assert Mamba().to_bmojo(config | left) == Mamba().to_bmojo(config)
+    with pytest.raises(Refusal, match="has moe_cfg = "):
+        Mamba().to_bmojo(config | {"moe_cfg": {"experts": 2}})
 
 
 def of_any_width(options):
