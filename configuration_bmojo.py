@@ -203,6 +203,8 @@ class BMojoConfig(PreTrainedConfig):
             self.state_size = 16 if self.ssm_types == {"mamba"} else 64
         if self.mamba_num_heads is None:
             self.mamba_num_heads = self.expand * self.hidden_size // max(1, self.mamba_head_dim)
+            if "mamba2" not in self.ssm_types:
+                self.mamba_num_heads = max(1, self.mamba_num_heads)  # means nothing
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         if self.time_step_limit is not None:

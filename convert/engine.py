@@ -25,9 +25,12 @@ NEUTRAL = (  # fields of ours that say nothing about the logits
 )
 OF_ATTENTION = "num_attention_heads num_key_value_heads head_dim rope_parameters attention_bias use_qk_norm max_position_embeddings"
 OF_MLP = "hidden_act mlp_bias"
-OF_SSM = "state_size conv_kernel use_bias use_conv_bias time_step_limit"
-OF_MAMBA = "expand time_step_rank"
-OF_MAMBA2 = "mamba_num_heads mamba_head_dim n_groups"
+OF_SSM = "state_size conv_kernel use_bias use_conv_bias time_step_limit mamba_hidden_act mixer_norm mixer_rms_eps"
+OF_MAMBA = "expand time_step_rank mamba_intermediate_size"
+OF_MAMBA2 = (
+    "mamba_num_heads mamba_num_key_value_heads mamba_head_dim n_groups mamba_use_pos_emb mamba_rms_norm "
+    "mamba_norm_before_gate mamba_norm_eps mamba_d_mlp D_has_hdim"
+)
 OF_MEMORY = (
     "ssm_type eidetic_size eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel fading_span "
     "tie_attn_weights"
@@ -161,7 +164,7 @@ def check_apart(folder: Path, destination: Path) -> None:
 
 
 def size_in_bytes(size: str | int) -> int:
-    """ "5GB" and the like in bytes; K, M, G and T are powers of 1000.
+    """Bytes that a size such as "5GB" means; K, M, G and T are powers of 1000.
 
     Raises:
         Refusal: it is no size, or none above zero.

@@ -181,9 +181,11 @@ class Qwen3(Dense):
 
     def export_layers(self, config):
         self.only(config, "full_attention", "sliding_attention")
-        slides = "sliding_attention" in config.layers_block_type
+        layers = list(config.layers_block_type)
+        slides = "sliding_attention" in layers
         return {
-            "layer_types": list(config.layers_block_type),
+            "layer_types": layers,
+            "max_window_layers": layers.index("sliding_attention") if slides else len(layers),
             "use_sliding_window": slides,
             "sliding_window": config.sliding_window if slides else None,
         }

@@ -24,19 +24,14 @@ class Mixers(Format):
         return (self.name,)
 
     def read(self, config: dict):
-        used = f"{SAME} layer_norm_epsilon hidden_act intermediate_size {self.own}"
-        found = theirs.read(
-            config, self.name, used, f"residual_in_fp32 rescale_prenorm_residual layer_types {self.neutral}"
-        )
-        if found.hidden_act not in ("silu", "swish"):
-            raise Refusal(f"hidden_act is {found.hidden_act!r}; {self.name} is converted with 'silu'.")
-        return found
+        used = f"{SAME} layer_norm_epsilon hidden_act {self.own}"
+        return theirs.read(config, self.name, used, f"residual_in_fp32 rescale_prenorm_residual {self.neutral}")
 
     def to_bmojo(self, config):
         found = self.read(config)
         return {name: getattr(found, name) for name in SAME.split()} | {
             "intermediate_size": None,
-            "hidden_act": "silu",
+            "mamba_hidden_act": found.hidden_act,
             "rms_norm_eps": found.layer_norm_epsilon,
             "layers_block_type": [self.name] * found.num_hidden_layers,
             **theirs.special_tokens(found),
@@ -51,7 +46,8 @@ class Mixers(Format):
         if config.intermediate_size is not None:
             raise Refusal(f"intermediate_size is {config.intermediate_size}: layers of {self.name} have no MLP.")
         fields = {name: getattr(config, name) for name in SAME.split()}
-        fields |= {"layer_norm_epsilon": config.rms_norm_eps, **theirs.special_tokens(config)}
+        fields |= {"layer_norm_epsilon": config.rms_norm_eps, "hidden_act": config.mamba_hidden_act}
+        fields |= theirs.special_tokens(config)
         return theirs.write(self.name, self.architecture, fields | self.export_own(config))
 
     def export_own(self, config) -> dict:
@@ -101,17 +97,23 @@ def projections(found, projected: int, convolved: int, inner: int) -> dict[str, 
 
 class Mamba(Mixers):
     name, architecture = "mamba", "MambaForCausalLM"
-    own = "time_step_rank"
+    own = "time_step_rank intermediate_size"
     neutral = "time_step_scale time_step_init_scheme use_mambapy use_associative_scan"
 
     def to_bmojo(self, config):
-        return super().to_bmojo(config) | {"time_step_rank": self.read(config).time_step_rank}
+        found = self.read(config)
+        inner = None if found.intermediate_size == found.expand * found.hidden_size else found.intermediate_size
+        return super().to_bmojo(config) | {
+            "time_step_rank": found.time_step_rank,
+            "mamba_intermediate_size": inner,
+        }
 
     def export_own(self, config):
-        return {"time_step_rank": config.time_step_rank}
+        inner = config.mamba_intermediate_size or config.expand * config.hidden_size
+        return {"time_step_rank": config.time_step_rank, "intermediate_size": inner}
 
     def mixer(self, found):
-        inner, state, rank = found.expand * found.hidden_size, found.state_size, found.time_step_rank
+        inner, state, rank = found.intermediate_size, found.state_size, found.time_step_rank
         return projections(found, 2 * inner, inner, inner) | {
             "x_proj.weight": ("x_proj.weight", (rank + 2 * state, inner)),
             "dt_proj.weight": ("dt_proj.weight", (inner, rank)),
@@ -144,7 +146,14 @@ class Mamba2(Mixers):
         }
 
     def export_own(self, config):
+        inner = config.mamba_num_heads * config.mamba_head_dim
+        if inner % config.hidden_size:
+            raise Refusal(
+                f"mamba_num_heads * mamba_head_dim is {inner}; {self.name} wants a multiple of hidden_size "
+                f"{config.hidden_size}."
+            )
         return {
+            "expand": inner // config.hidden_size,
             "num_heads": config.mamba_num_heads,
             "head_dim": config.mamba_head_dim,
             "n_groups": config.n_groups,

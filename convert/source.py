@@ -92,13 +92,13 @@ def copy_along(source: Path, tokenizer: Path | None, destination: Path, model_ty
     Raises:
         Refusal: a tokenizer was asked for, and the folder has none.
     """
-    found = {path: source for path in files(source, ALONG)}
+    found = dict.fromkeys(files(source, ALONG), source)
     if tokenizer is not None:
         theirs = files(tokenizer, TOKENIZER)
         if not any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in theirs):
             raise Refusal(f"--tokenizer {tokenizer}: this folder holds no tokenizer.")
         own = set(files(source, TOKENIZER))
-        found = {path: source for path in found if path not in own} | {path: tokenizer for path in theirs}
+        found = {path: source for path in found if path not in own} | dict.fromkeys(theirs, tokenizer)
     for path, root in found.items():
         copy = destination / path.relative_to(root)
         copy.parent.mkdir(exist_ok=True)

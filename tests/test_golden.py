@@ -1,76 +1,83 @@
-"""Special cases against recordings of transformers' own models: the same weights under our names give the same logits.
+"""Special cases against recordings of transformers' own models: converted weights give the same logits, and export again.
 
 The recordings lie beside the checkout (`shared/golden/transformers`); these tests skip where they are absent.
 """
 
 import json
-import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bmojo.cache_bmojo import BMojoCache
-from bmojo.configuration_bmojo import BMojoConfig
+from bmojo.convert import convert
 from bmojo.modeling_bmojo import BMojoForCausalLM
 
 
 CASES = ["llama", "llama_opt", "mistral", "qwen3", "qwen3_opt", "mamba", "mamba_opt", "mamba2", "mamba2_opt"]
-LAYER_TYPES = {"llama": "full_attention", "qwen3": "full_attention", "mistral": "sliding_attention"}
-SAME_NAME = (  # in their configurations as in ours
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size hidden_act "
-    "tie_word_embeddings rope_parameters attention_bias mlp_bias conv_kernel expand state_size n_groups use_bias "
-    "use_conv_bias time_step_rank max_position_embeddings rms_norm_eps"
-).split()
-NEW_NAMES = (  # of parameters
-    (r"^backbone\.embeddings\.", "model.embed_tokens."),
-    (r"^backbone\.norm_f\.", "model.norm."),
-    (r"^backbone\.", "model."),
-    (r"(layers\.\d+)\.norm\.", r"\1.input_layernorm."),
-    (r"\.self_attn\.", ".mixer."),
-    (r"\.mixer\.(A_log|D|dt_bias)$", r".mixer.dynamics.\1"),
-    (r"\.mixer\.dt_proj\.bias$", ".mixer.dynamics.dt_bias"),
-)
 
 
-def special_case(folder) -> tuple[BMojoForCausalLM, dict[str, torch.Tensor]]:
-    """Our model with the recorded weights, in float64, and the recording."""
-    theirs = json.loads((folder / "config.json").read_text())
-    kind = theirs["model_type"]
-    fields = {name: theirs[name] for name in SAME_NAME if name in theirs}
-    fields["layers_block_type"] = (
-        theirs.get("layer_types") or [LAYER_TYPES.get(kind, kind)] * theirs["num_hidden_layers"]
-    )
-    if kind in LAYER_TYPES:
-        fields |= {"head_dim": theirs["head_dim"], "use_qk_norm": kind == "qwen3"}
-        fields["sliding_window"] = theirs.get("sliding_window") or 512
-    else:
-        fields |= {"intermediate_size": None, "rms_norm_eps": theirs["layer_norm_epsilon"]}
-    if kind == "mamba2":
-        fields |= {"mamba_num_heads": theirs["num_heads"], "mamba_head_dim": theirs["head_dim"]}
-        low, high = theirs["time_step_limit"]
-        fields["time_step_limit"] = None if isinstance(high, dict) else [low, high]
-    weights = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        for pattern, new in NEW_NAMES:
-            name = re.sub(pattern, new, name)
-        weights[name] = tensor.double()
-    model = BMojoForCausalLM(BMojoConfig(**fields)).double().eval()
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert set(missing) <= ({"lm_head.weight"} if theirs["tie_word_embeddings"] else set())
-    return model, load_file(folder / "io.safetensors")
+def silently(source, destination, **options):
+    return convert(source, destination, progress=False, say=lambda line: None, **options)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_are_the_recorded_ones(shared, case):
-    model, recorded = special_case(shared / "golden" / "transformers" / case)
-    ids, want = recorded["input_ids"], recorded["logits_f64"].double()
-    with torch.no_grad():
-        full = model(ids, use_cache=False).logits
-        cache = BMojoCache(model.config)
-        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([11, 1, 1, ids.shape[1] - 13], 1)]
-        greedy = model.generate(recorded["greedy_10_plus_8"][:, :10], max_new_tokens=8, do_sample=False)
-    for got in (full, torch.cat(pieces, 1)):
-        assert (got - want).norm() <= 1e-6 * want.norm()  # the recording itself may hold float32 inside
+@pytest.fixture(scope="module", params=CASES)
+def case(request, shared, tmp_path_factory):
+    """The recorded folder, its conversion, and the recording."""
+    folder = shared / "golden" / "transformers" / request.param
+    result = silently(folder, tmp_path_factory.mktemp("golden") / request.param)
+    recorded = load_file(folder / "io.safetensors")
+    recorded["embeddings"] = load_file(result / "model.safetensors")["model.embed_tokens.weight"]
+    return folder, result, recorded
+
+
+def rel_error(got, want) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def test_logits_and_hidden_states_are_the_recorded_ones(case):
+    _, result, recorded = case
+    ids, want = recorded["input_ids"], recorded["logits_f64"]
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model = BMojoForCausalLM.from_pretrained(result, dtype=dtype).eval()
+        with torch.no_grad():
+            full = model(ids, labels=ids, use_cache=False, output_hidden_states=True)
+            cache = BMojoCache(model.config)
+            pieces = [
+                model(piece, past_key_values=cache).logits for piece in ids.split([11, 1, 1, ids.shape[1] - 13], 1)
+            ]
+        assert rel_error(full.logits, want) <= tolerance
+        assert rel_error(torch.cat(pieces, 1), want) <= tolerance
+        assert full.loss.item() == pytest.approx(recorded["loss"].item(), rel=1e-5)
+        for number, state in enumerate(full.hidden_states):
+            assert rel_error(state, recorded_state(recorded, number, model.config)) <= 1e-5
+
+
+def recorded_state(recorded, number: int, config):
+    """Input of the layer of that number, or the last normalised state: transformers' Mambas leave the embeddings out."""
+    last = config.num_hidden_layers
+    if number == 0 and not config.has_attention:
+        return torch.nn.functional.embedding(recorded["input_ids"], recorded["embeddings"])
+    return recorded[f"hf_hidden_states.{number if config.has_attention or number == last else number - 1}"]
+
+
+def test_greedy_decoding_gives_the_recorded_ids(case):
+    _, result, recorded = case
+    model = BMojoForCausalLM.from_pretrained(result, dtype=torch.float64)
+    greedy = model.generate(recorded["greedy_10_plus_8"][:, :10], max_new_tokens=8, do_sample=False)
     assert torch.equal(greedy, recorded["greedy_10_plus_8"])
+
+
+def test_export_gives_the_recorded_checkpoint(case, tmp_path):
+    folder, result, _ = case
+    want = json.loads((folder / "config.json").read_text())
+    back = silently(result, tmp_path / "back", export=want["model_type"])
+    tensors = load_file(back / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(
+        torch.equal(tensors[0][name].view(torch.uint8), tensors[1][name].view(torch.uint8)) for name in tensors[0]
+    )
+    got = json.loads((back / "config.json").read_text())
+    if want["model_type"] == "qwen3":  # layer_types says it all; this only says where it comes from
+        del got["max_window_layers"], want["max_window_layers"]
+    assert got == want
