@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .engine import convert
 
     options = vars(parse_options(arguments))
-    signal.signal(signal.SIGTERM, stop)  # leaves nothing behind either
+    previous = signal.signal(signal.SIGTERM, stop)  # leaves nothing behind either
     try:
         convert(options.pop("source"), options.pop("destination"), **options)
     except Refusal as error:
@@ -77,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped; nothing was written.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from .core import Format, Refusal
+from .ours import load_class
 
 
 LARGEST = 1e-4  # relative difference of the logits of a position: float32 and another order of sums explain 1e-5
@@ -30,16 +31,15 @@ def verify_conversion(
         Refusal: the difference is too large.
     """
     try:
-        theirs = source.form.original(source.fields, source.folder) if source.form else load(source.folder, own=True)
+        theirs = load_source(source)
     except Refusal as reason:
         return f"Not verified: {reason}"
     if dtype is not None:
-        keep = source.dynamics if source.form else {n for n, _ in theirs.named_parameters() if n in source.dynamics}
-        round_to(theirs, dtype, keep)
+        round_to(theirs, dtype, source.dynamics)
     ids = random_ids(source.config, window)
     want = logits(theirs, ids)
     del theirs
-    got = logits(load(result, own=exported is None), ids)
+    got = logits(load_result(result, with_code=exported is None), ids)
     if got.shape != want.shape:
         raise Refusal(
             f"verification failed: logits have shape {tuple(got.shape)}, the original's {tuple(want.shape)}."
@@ -65,11 +65,18 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids, use_cache=False).logits.float()
 
 
-def load(folder: Path, own: bool):
-    """A model in float32; of ours with the code in its folder, of transformers with transformers' alone."""
+def load_result(folder: Path, with_code: bool):
+    """A folder that was just written, in float32, as users load it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=own)
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=with_code)
+
+
+def load_source(source):
+    """The source in float32: by transformers, or by the code of this repository, never by code that came with it."""
+    if source.form is not None:
+        return source.form.original(source.fields, source.folder)
+    return load_class("modeling_bmojo.BMojoForCausalLM").from_pretrained(str(source.folder), dtype=torch.float32)
 
 
 @torch.no_grad()

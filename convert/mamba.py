@@ -161,7 +161,14 @@ class Mamba2(Mixers):
         }
 
     def export_own(self, config):
+        inner = config.mamba_num_heads * config.mamba_head_dim
+        if inner % config.hidden_size:
+            raise Refusal(
+                f"mamba_num_heads * mamba_head_dim is {inner}; {self.name} wants a multiple of hidden_size "
+                f"{config.hidden_size}."
+            )
         return {
+            "expand": inner // config.hidden_size,
             "num_heads": config.mamba_num_heads,
             "head_dim": config.mamba_head_dim,
             "n_groups": config.n_groups,

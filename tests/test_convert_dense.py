@@ -1,0 +1,206 @@
+"""Random tiny models of transformers, all options drawn: converted they give the same logits, exported the same checkpoint."""
+
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from bmojo.cache_bmojo import BMojoCache
+from bmojo.convert import Refusal, convert
+from bmojo.modeling_bmojo import BMojoForCausalLM
+
+
+FLAG = st.booleans()
+ROPES = st.one_of(
+    st.fixed_dictionaries({"rope_type": st.just("default"), "rope_theta": st.sampled_from([100.0, 1e6])}),
+    st.fixed_dictionaries(
+        {"rope_type": st.just("linear"), "rope_theta": st.just(1e4), "factor": st.sampled_from([2.0, 3.5])}
+    ),
+    st.fixed_dictionaries(
+        {
+            "rope_type": st.just("llama3"),
+            "rope_theta": st.just(100.0),
+            "factor": st.just(4.0),
+            "low_freq_factor": st.just(1.0),
+            "high_freq_factor": st.sampled_from([2.0, 4.0]),
+            "original_max_position_embeddings": st.sampled_from([16, 64]),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "rope_type": st.just("yarn"),
+            "rope_theta": st.just(100.0),
+            "factor": st.sampled_from([2.0, 8.0]),
+            "original_max_position_embeddings": st.sampled_from([16, 64]),
+        },
+        optional={
+            "beta_fast": st.just(16.0),
+            "beta_slow": st.just(2.0),
+            "attention_factor": st.sampled_from([0.7, 1.3]),
+            "truncate": FLAG,
+        },
+    ),
+)
+
+
+@st.composite
+def transformers_fields(draw, kind: str):
+    """Fields of a tiny Llama, Mistral or Qwen3."""
+    heads = draw(st.sampled_from([1, 2, 4]))
+    layers = draw(st.integers(1, 3))
+    fields = {
+        "hidden_size": heads * draw(st.sampled_from([6, 8])),
+        "intermediate_size": draw(st.integers(5, 30)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // draw(st.sampled_from([g for g in (1, 2, 4) if heads % g == 0])),
+        "head_dim": draw(st.sampled_from([4, 6, 10])),
+        "hidden_act": draw(st.sampled_from(["silu", "gelu", "gelu_pytorch_tanh", "relu"])),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
+        "rope_parameters": draw(ROPES),
+        "max_position_embeddings": 64,
+    }
+    if kind == "llama":
+        fields |= {
+            "attention_bias": draw(FLAG),
+            "mlp_bias": draw(FLAG),
+            "pretraining_tp": draw(st.sampled_from([1, 2])),
+        }
+        if draw(FLAG):
+            del fields["head_dim"]
+    if kind == "mistral":
+        fields["sliding_window"] = draw(st.sampled_from([None, 1, 7, 40]))
+    if kind == "qwen3":
+        fields |= {
+            "attention_bias": draw(FLAG),
+            "use_sliding_window": draw(FLAG),
+            "sliding_window": draw(st.integers(1, 9)),
+        }
+        if fields["use_sliding_window"] and draw(FLAG):
+            choice = st.sampled_from(["full_attention", "sliding_attention"])
+            fields["layer_types"] = draw(st.lists(choice, min_size=layers, max_size=layers))
+        fields["max_window_layers"] = draw(st.integers(0, layers))
+    return fields
+
+
+@st.composite
+def mamba_fields(draw, kind: str):
+    """Fields of a tiny Mamba or Mamba2."""
+    expand = draw(st.sampled_from([1, 2, 3]))
+    fields = {
+        "hidden_size": draw(st.sampled_from([8, 12, 24])),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "state_size": draw(st.integers(1, 9)),
+        "expand": expand,
+        "conv_kernel": draw(st.integers(2, 4)),
+        "use_bias": draw(FLAG),
+        "use_conv_bias": draw(FLAG),
+        "layer_norm_epsilon": draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
+        "residual_in_fp32": draw(FLAG),
+        "hidden_act": draw(st.sampled_from(["silu", "gelu"])),
+    }
+    if kind == "mamba":
+        if draw(FLAG):
+            fields["intermediate_size"] = 7
+        return fields | {"time_step_rank": draw(st.sampled_from(["auto", 1, 5])), "time_step_scale": 2.0}
+    inner = expand * fields["hidden_size"]
+    fields["head_dim"] = draw(st.sampled_from([2, 4]))
+    fields["num_heads"] = inner // fields["head_dim"]
+    fields["n_groups"] = draw(st.sampled_from([1, 2]))
+    fields["chunk_size"] = draw(st.sampled_from([3, 16]))
+    fields["time_step_limit"] = draw(st.sampled_from([(0.0, math.inf), (0.02, 0.4), (0.05, math.inf)]))
+    return fields
+
+
+def make(kind: str, fields: dict, seed: int):
+    """A model of transformers with every parameter random, A_log, norms and biases too."""
+    config = CONFIG_MAPPING[kind](**fields, vocab_size=41, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            around = 1 if "norm" in name else 0
+            parameter.copy_(around + torch.randn_like(parameter) * (0.3 if parameter.dim() < 2 else 0.15))
+    return model
+
+
+def rel_error(got, want) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "mamba", "mamba2"])
+def test_any_options_convert_exactly(kind):
+    draw = (mamba_fields if "mamba" in kind else transformers_fields)(kind)
+
+    @settings(max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(draw, st.booleans(), st.integers(0, 99))
+    def check(fields, tied, seed):
+        theirs = make(kind, fields | {"tie_word_embeddings": tied}, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            source, result, back = (Path(folder) / name for name in ("source", "result", "back"))
+            theirs.save_pretrained(source)
+            for options in ((source, result, {}), (result, back, {"export": kind})):
+                convert(*options[:2], **options[2], progress=False, say=lambda line: None)
+            ours = BMojoForCausalLM.from_pretrained(result, dtype=torch.float64).eval()
+            again = AutoModelForCausalLM.from_pretrained(back)
+            tensors = load_file(source / "model.safetensors"), load_file(back / "model.safetensors")
+        assert tensors[0].keys() == tensors[1].keys()
+        assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+        ids = torch.randint(41, (2, 23), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            want = theirs(ids, use_cache=False).logits
+            assert torch.equal(again.eval()(ids, use_cache=False).logits, want)
+            want = theirs.double()(ids, use_cache=False).logits
+            cache = BMojoCache(ours.config)
+            pieces = [ours(piece, past_key_values=cache).logits for piece in ids.split([9, 1, 1, 12], 1)]
+            for got in (ours(ids, use_cache=False).logits, torch.cat(pieces, 1)):
+                assert rel_error(got, want) <= 2e-6  # transformers' rotary tables and norms are float32
+
+    check()
+
+
+REFUSED = [
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "rope_type is 'dynamic'",
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor",
+    ),
+    ("llama", {"logit_scale": 0.5}, "logit_scale = 0.5"),
+    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}, "auto_map"),
+    ("llama", {"hidden_act": "unheard_of"}, "unheard_of"),
+    ("llama", {"hidden_size": "many"}, "hidden_size"),
+    ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder"),
+    ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": False}, "sliding_window"),
+    ("mamba2", {"n_groups": 4}, "n_groups"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "told"), REFUSED)
+def test_what_has_no_exact_counterpart_is_refused_by_name(kind, change, told, shared, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(shared / "golden" / "transformers" / kind, source)
+    path = source / "config.json"
+    path.chmod(0o644)
+    fields = json.loads(path.read_text()) | change
+    if kind == "qwen3":
+        fields["num_hidden_layers"] = 2
+    path.unlink()
+    path.write_text(json.dumps(fields))
+    with pytest.raises(Refusal, match=told):
+        convert(source, tmp_path / "result", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
