@@ -297,9 +297,7 @@ def realize(model: nn.Module, embeddings: torch.Tensor) -> System:
         for i, kind in kinds:
             layer, prefix = model.layers[i], f"{i} "
             own = {name.removeprefix(prefix): m for name, m in memories.items() if name.startswith(prefix)}
-            mixed, after = LAYERS[kind][1](
-                layer.mixer, norm_form(layer.input_layernorm, hidden, z), one, own, z, t
-            )
+            mixed, after = LAYERS[kind][1](layer.mixer, norm_form(layer.input_layernorm, hidden, z), one, own, z, t)
             new |= {prefix + name: memory for name, memory in after.items()}
             hidden = hidden + mixed
             hidden = hidden + mlp_form(layer.mlp, norm_form(layer.post_attention_layernorm, hidden, z), z)
@@ -403,7 +401,9 @@ def channels_error(size: int, channels: int, length: int) -> float:
         V = vandermonde(eigenvalues[channel])
         unit = torch.zeros(size, dtype=torch.float64)
         unit[-1] = 1
-        scale = torch.linalg.solve(V, unit) / (dt[channel] * B)  # of the states, so that the input enters the last slot
+        scale = torch.linalg.solve(V, unit) / (
+            dt[channel] * B
+        )  # of the states, so that the input enters the last slot
         rows.append(autoregression(eigenvalues[channel]))
         read_outs.append(torch.linalg.solve(V.T, C / scale))
     A, into = canonical_form(torch.diag_embed(torch.stack(rows, 1)))
@@ -443,7 +443,7 @@ def canonical_scan(inputs, dt, A, B, C) -> tuple[torch.Tensor, torch.Tensor]:
 def selective_inputs(size: int, channels: int, length: int) -> tuple[torch.Tensor, ...]:
     """Inputs, steps, rates, B and C as a Mamba layer makes them: all but the rates depend on the token."""
     inputs = random_inputs(length, channels)
-    dt = F.softplus(random_inputs(length, channels, seed=5) * 0.5)
+    dt = F.softplus(random_inputs(length, channels, seed=5) / 2 - 1)
     rates = -torch.arange(1, size + 1, dtype=torch.float64).expand(channels, -1)
     return inputs, dt, rates, random_inputs(length, size, seed=6), random_inputs(length, size, seed=7)
 
@@ -483,7 +483,11 @@ def measure(size: int, length: int) -> list[tuple[str, float]]:
         ("Mamba: dt, B, C of every token = canonical form in a moving basis", outputs),
         ("Mamba: its state matrices = upper diagonal of ones and a last row", shape),
     ]
-    for name, kinds in (("Jamba", ["mamba", "sliding_attention"]), ("B'MOJO", ["bmojo"]), ("B'MOJO", ["mamba", "bmojo"])):
+    for name, kinds in (
+        ("Jamba", ["mamba", "sliding_attention"]),
+        ("B'MOJO", ["bmojo"]),
+        ("B'MOJO", ["mamba", "bmojo"]),
+    ):
         rows.append((f"{name}: model of {' + '.join(kinds)} = one system", model_error(kinds, length)))
     return rows
 
@@ -516,7 +520,7 @@ def paint(axes, A: torch.Tensor, blocks: dict[str, slice], names: bool = True):
     for name, block in blocks.items():
         image[block, :, :3] = torch.tensor(to_rgb(COLOURS[kind_of(name)]))
     image[..., 3] = (1 + A.abs().clamp(min=1e-9).log10() / 3).clamp(0, 1)
-    axes.imshow(image, interpolation="nearest")
+    axes.imshow(image.numpy(), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     for block in list(blocks.values())[1:]:
         axes.axhline(block.start - 0.5, color=PALE, linewidth=0.6)
@@ -533,10 +537,14 @@ def paint(axes, A: torch.Tensor, blocks: dict[str, slice], names: bool = True):
 
 def write_entries(axes, A: torch.Tensor):
     """Write the numbers into the cells of a small matrix, where they are not 0."""
-    for (row, column), entry in zip(torch.cartesian_prod(*map(torch.arange, A.shape)).tolist(), A.flatten().tolist(), strict=True):
+    for (row, column), entry in zip(
+        torch.cartesian_prod(*map(torch.arange, A.shape)).tolist(), A.flatten().tolist(), strict=True
+    ):
         if entry:
             text = "1" if entry == 1 else f"{entry:.2f}".replace("0.", ".").replace("-", "\N{MINUS SIGN}")
-            axes.text(column, row, text, ha="center", va="center", color="white" if abs(entry) > 0.15 else INK, fontsize=7)
+            axes.text(
+                column, row, text, ha="center", va="center", color="white" if abs(entry) > 0.15 else INK, fontsize=7
+            )
 
 
 def draw_fading(axes, size: int, steps: int):
@@ -545,24 +553,24 @@ def draw_fading(axes, size: int, steps: int):
     A, B = canonical_form(autoregression(rates.exp())[:, None, None])
     diagonal = torch.diag(rates.exp())
     axes[0].axis("off")
+    axes[0].set_box_aspect(1)
     for left, title, matrix in ((0.0, "canonical", A), (0.54, "diagonal", diagonal)):
         inset = axes[0].inset_axes([left, 0.27, 0.46, 0.46])
         paint(inset, matrix, {"fading": slice(0, size)}, names=False)
         write_entries(inset, matrix)
         inset.set_title(title, fontsize=8, color=INK)
     axes[0].text(0.5, 0.14, r"$V^{-1} A\, V$ with Vandermonde's $V$", ha="center", fontsize=9, color=INK)
-    into = torch.linalg.solve(vandermonde(rates.exp()), B)
     impulse = torch.zeros(steps, 1, dtype=torch.float64)
     impulse[0] = 1
-    modes = simulate(diagonal, into / into.abs().max(), impulse)
-    slots = simulate(A, B, impulse)[:, -1]
-    for number, mode in enumerate(modes.T):
-        axes[1].plot(mode, color=COLOURS["fading"], alpha=0.45, linewidth=1, label=None if number else "diagonal states")
-    axes[1].plot(slots / slots.abs().max(), color=COLOURS["fading"], linewidth=2.2, label="newest slot")
+    for number, state in enumerate(simulate(diagonal, torch.ones_like(B), impulse).T):
+        label = None if number else "diagonal states"
+        axes[1].plot(state, color=COLOURS["fading"], alpha=0.5, linewidth=1, label=label)
+    slot = simulate(A, B, impulse)[:, -1]
+    axes[1].plot(slot / slot.max(), color=COLOURS["fading"], linewidth=2.2, label="newest canonical slot")
 
 
 def draw_response(axes, system: System, start: int, steps: int, **style):
-    """What of the input at `start` is in every memory: the norm of the block, over its largest."""
+    """What of the input at `start` is in every memory since then: the norm of the block, over its largest."""
     response = system.response(start)[:steps, :, :-1].flatten(2)
     for name, block in system.blocks.items():
         left = response[:, block].norm(dim=(1, 2))
@@ -581,15 +589,13 @@ def draw(target: Path, size: int, steps: int = 28):
     write_entries(panels[0, 0], A)
     impulse = torch.zeros(steps, 1, dtype=torch.float64)
     impulse[0] = 1
-    slots = simulate(A, B, impulse)
-    for number, slot in enumerate(slots.T):
-        panels[1, 0].plot(slot, color=COLOURS["window"], alpha=0.45, linewidth=1, label=None if number else "single slots")
-    panels[1, 0].plot(slots.norm(dim=1), color=COLOURS["window"], linewidth=2.2, drawstyle="steps-mid", label="all of them")
+    held = simulate(A, B, impulse).norm(dim=1)
+    panels[1, 0].plot(held, color=COLOURS["window"], linewidth=2.2)
 
     draw_fading(panels[:, 1], size, steps)
 
     for column, kinds in ((2, ["mamba", "sliding_attention"]), (3, ["bmojo"])):
-        model = make_model(kinds)
+        model = make_model(kinds, hidden_size=4, num_attention_heads=2, num_key_value_heads=1, mamba_head_dim=4)
         embeddings, output, _ = read(model, 3 * steps)
         system, chunk = realize(model, embeddings), model.config.eidetic_chunk_size
         start, boundary = steps, 2 * steps - 2 * steps % chunk  # at a boundary: where slots switch
@@ -597,7 +603,9 @@ def draw(target: Path, size: int, steps: int = 28):
             memory = output.eidetic_positions[0][0]
             spans = {p: (memory == p).any(-1).sum().item() for p in range(steps, 2 * steps)}
             start = max(spans, key=spans.get)
-            boundary = next(b for b in range(1, len(memory)) if start in memory[b] and start not in memory[b - 1]) * chunk
+            boundary = (
+                next(b for b in range(1, len(memory)) if start in memory[b] and start not in memory[b - 1]) * chunk
+            )
         paint(panels[0, column], system.A[boundary], system.blocks)
         draw_response(panels[1, column], system, start, steps)
 
@@ -609,14 +617,17 @@ def draw(target: Path, size: int, steps: int = 28):
     }
     for column, (name, title) in enumerate(titles.items()):
         panels[0, column].set_title(f"{name}\n", fontsize=13, color=INK, fontweight="bold")
-        panels[0, column].text(0.5, 1.02, title, transform=panels[0, column].transAxes, ha="center", fontsize=9, color=INK)
+        panels[0, column].text(
+            0.5, 1.02, title, transform=panels[0, column].transAxes, ha="center", fontsize=9, color=INK
+        )
         axes = panels[1, column]
-        axes.set(xlabel="tokens since", xlim=(0, steps - 1), ylim=(-0.05, 1.08), yticks=[0, 1])
+        axes.set(xlabel="tokens since", yscale="log", xlim=(-0.5, steps - 1), ylim=(1e-3, 1.6))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        if column < 2:
-            axes.legend(frameon=False, fontsize=8)
-    panels[1, 0].set_ylabel("left of one input")
+        axes.spines[["left", "bottom"]].set_color(PALE)
+        axes.tick_params(labelsize=8, color=PALE, which="both")
+        axes.grid(axis="y", color=PALE, alpha=0.35, linewidth=0.6)
+    panels[1, 1].legend(frameon=False, fontsize=8, loc="upper right")
+    panels[1, 0].set_ylabel("what is left of one input")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
 
@@ -624,13 +635,22 @@ def draw(target: Path, size: int, steps: int = 28):
 def main(argv: list[str] | None = None):
     """Print the errors, draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=4, help="slots of the canonical forms (default 4): the errors of a change of basis grow by a factor of 10 for each")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=4,
+        choices=range(2, 7),
+        help="slots of the canonical forms (default 4); a further one costs a change of basis a digit or two",
+    )
     parser.add_argument("--length", type=int, default=60, help="tokens (default 60)")
-    parser.add_argument("--output", default=str(ROOT / "assets" / "realizations.png"), help="the figure (default assets/realizations.png)")
+    parser.add_argument(
+        "--output",
+        default=str(ROOT / "assets" / "realizations.png"),
+        help="the figure (default assets/realizations.png)",
+    )
     options = parser.parse_args(argv)
-    for name in ("size", "length"):
-        if getattr(options, name) < 2:
-            parser.error(f"--{name} is {getattr(options, name)}; it must be at least 2.")
+    if options.length < 1:
+        parser.error(f"--length is {options.length}; it must be at least 1.")
     rows = measure(options.size, options.length)
     width = max(len(name) for name, _ in rows)
     for name, error in rows:
