@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -147,6 +149,59 @@ def test_slider_has_the_memories_of_all_chunks(program, reading):
             assert shown == [p for p in memory if p >= 0]
             assert all(p < program.window_of(reading, chunk)[0] for p in shown), "what the window sees is no memory"
         assert layer["innovations"] == pytest.approx(output.innovations[layer["number"]][0].tolist(), rel=0.01)
+
+
+BROWSER = """
+class Element {
+  constructor() { this.style = {}; this.dataset = {}; this.names = new Set(); this.parts = {}; this.set = {}; this.on = {}; }
+  get classList() { return { toggle: (name, on) => on ? this.names.add(name) : this.names.delete(name) }; }
+  querySelector(name) { return this.parts[name] ??= new Element(); }
+  setAttribute(name, value) { this.set[name] = value; }
+  addEventListener(name, call) { this.on[name] = call; }
+}
+const fs = require("fs"), { data: text, script, spans: count } = JSON.parse(fs.readFileSync(0, "utf8")), ids = {};
+const make = (n, first) => Array.from({ length: n }, (_, i) => Object.assign(new Element(), { dataset: { layer: i + first } }));
+const layers = JSON.parse(text).layers.length;
+const lists = { "#page span": make(count, 0), "figure": make(layers, 0), "nav [data-layer]": make(layers + 1, -1) };
+const element = id => ids[id] ??= new Element();
+globalThis.document = { getElementById: element, querySelectorAll: name => lists[name] };
+globalThis.requestAnimationFrame = call => call();
+element("data").textContent = text;
+element("chunk").value = "0";
+(0, eval)(script);
+const seen = [];
+for (const tab of lists["nav [data-layer]"]) {
+  tab.on.click();
+  for (let chunk = 0; chunk * JSON.parse(text).chunk < count; chunk++) {
+    element("chunk").value = String(chunk);
+    element("chunk").on.input();
+    const having = name => lists["#page span"].flatMap((span, i) => span.names.has(name) ? [i] : []);
+    const strips = lists["figure"].map(figure => figure.parts[".alive"].set.d);
+    seen.push({ layer: tab.dataset.layer, chunk, kept: having("kept"), window: having("window"), ahead: having("ahead"), strips });
+  }
+}
+console.log(JSON.stringify(seen));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node, which runs the page's script, is not installed")
+def test_slider_and_tabs_show_the_memories(program, reading):
+    reading, output = reading
+    page = program.make_page(reading)
+    given = {"data": Page(page).data, "script": program.SCRIPT, "spans": 200}
+    command = ["node", "-e", BROWSER]
+    done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, check=True, timeout=60)
+    memories = [output.eidetic_positions[number][0].tolist() for number in (0, 2)]
+    shown = json.loads(done.stdout)
+    assert len(shown) == 3 * reading.chunks
+    for view in shown:
+        chunk = view["chunk"]
+        chosen = memories if view["layer"] < 0 else [memories[view["layer"]]]
+        assert view["kept"] == sorted({p for memory in chosen for p in memory[chunk] if p >= 0})
+        assert view["window"] == list(range(*program.window_of(reading, chunk)))
+        assert view["ahead"] == list(range(min(3 * chunk + 3, 200), 200))
+        for memory, strip in zip(memories, view["strips"], strict=True):
+            assert [int(p) for p in re.findall(r",(\d+)\.5H", strip)] == [p for p in memory[chunk] if p >= 0]
 
 
 def test_strips_draw_the_lives(program, reading):
