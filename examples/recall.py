@@ -153,8 +153,10 @@ def build(run: Run, num_tokens: int) -> nn.Module:
             "num_attention_heads": 2,
             "sliding_window": run.window,
             "initializer_range": 0.1,
-            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
-        } | run.fields
+        }
+        known = vars(model_class.config_class())
+        fields = {name: value for name, value in fields.items() if name in known} | run.fields
+        fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     elif run.model in LAYERS:
         model_class = get_class_from_dynamic_module("modeling_bmojo.BMojoForCausalLM", str(ROOT))
         fields = model_fields(run, num_tokens)
@@ -322,7 +324,9 @@ def train(run: Run, progress_bar: bool = True) -> dict:
         if progress * 10 >= len(curve) + 1:
             before = time.process_time()
             accuracy = evaluate(learner, task, replace(run, eval_examples=128))["accuracy"]
-            curve.append({"step": step, "seconds": round(spent, 1), "loss": float(np.mean(losses)), "accuracy": accuracy})
+            curve.append(
+                {"step": step, "seconds": round(spent, 1), "loss": float(np.mean(losses)), "accuracy": accuracy}
+            )
             bar.set_postfix(loss=f"{curve[-1]['loss']:.3f}", accuracy=f"{accuracy:.3f}")
             losses, tests = [], tests + time.process_time() - before
         for group in optimizer.param_groups:
@@ -371,7 +375,9 @@ def save(result: dict, path: Path):
 def describe(result: dict) -> str:
     """One line of a result."""
     run = result["run"]
-    parts = [f"{run['model']}, seed {run['seed']}, lr {run['lr']:g}: {result['steps']} steps, {result['cpu_seconds']:.0f} CPU s"]
+    parts = [
+        f"{run['model']}, seed {run['seed']}, lr {run['lr']:g}: {result['steps']} steps, {result['cpu_seconds']:.0f} CPU s"
+    ]
     for length, test in result["tests"].items():
         shown = f"{length}: {test['accuracy']:.3f}"
         if "beyond" in test:
@@ -432,7 +438,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task", default="mqar", choices=TASKS)
     add("--task-set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the task (recall_tasks.py)")
-    add("--stages", nargs="+", default=[], metavar="PAIRSxLENGTH", help="parts of a curriculum for mqar, such as 8x64 16x128")
+    add(
+        "--stages",
+        nargs="+",
+        default=[],
+        metavar="PAIRSxLENGTH",
+        help="parts of a curriculum for mqar, such as 8x64 16x128",
+    )
     add("--model", default="bmojo", help=f"{', '.join(LAYERS)}, or transformers:<class>")
     add("--ssm", default="mamba2", choices=("mamba2", "mamba"))
     add("--layers", type=int, default=2)
