@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import transformers
 from common import ROOT
 from recall_tasks import IGNORED, TASKS, Examples, make_task
+from recall_variations import VARIATIONS
 from torch import nn
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -60,6 +61,7 @@ class Run:
             gets twice as much. Empty: the task as it is.
         model: a name of `LAYERS`, or "transformers:<class>".
         fields: of the model's config.
+        variation: of `recall_variations`, or None.
         parameters: the width of the MLPs is chosen so that there are about as many; None: as in the B'MOJO of the task.
         seconds, steps: the budget, one of them None.
         eval_lengths: lengths for the test beside the last of training.
@@ -75,10 +77,11 @@ class Run:
     hidden_size: int = 64
     window: int = 8
     fields: dict = field(default_factory=dict)
+    variation: str | None = None
     parameters: int | None = None
-    lr: float = 3e-3
+    lr: float = 2e-3
     weight_decay: float = 0.1
-    batch_size: int = 32
+    batch_size: int = 16
     seconds: float | None = 60.0
     steps: int | None = None
     seed: int = 0
@@ -179,7 +182,12 @@ def build(run: Run, num_tokens: int) -> nn.Module:
             raise SystemExit(f"{run.model} has more than {wanted} parameters without any MLP; raise --parameters.")
         fields["intermediate_size"] = width
     transformers.set_seed(run.seed)
-    return model_class(model_class.config_class(**fields))
+    model = model_class(model_class.config_class(**fields))
+    if run.variation is not None:
+        if run.variation not in VARIATIONS:
+            raise SystemExit(f"There is no variation {run.variation!r}; there are {', '.join(VARIATIONS)}.")
+        VARIATIONS[run.variation](model)
+    return model
 
 
 def memory_floats(model: nn.Module, length: int) -> int:
@@ -451,9 +459,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--hidden-size", type=int, default=64)
     add("--window", type=int, default=8)
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the model's config")
+    add("--variation", help=f"change the model: {', '.join(VARIATIONS)}")
     add("--parameters", type=int, help="make the MLPs as wide as this many parameters ask")
-    add("--lr", type=float, default=3e-3)
-    add("--batch-size", type=int, default=32)
+    add("--lr", type=float, default=2e-3)
+    add("--batch-size", type=int, default=16)
     add("--seconds", type=float, default=60, help="CPU seconds of training")
     add("--steps", type=int, help="instead of --seconds")
     add("--seeds", type=int, nargs="+", default=[0])
@@ -497,6 +506,7 @@ def main():
             hidden_size=args.hidden_size,
             window=args.window,
             fields=parse_fields(args.set),
+            variation=args.variation,
             parameters=args.parameters,
             lr=args.lr,
             batch_size=args.batch_size,
