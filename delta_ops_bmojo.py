@@ -370,7 +370,7 @@ def _run_blocks(compute, tokens, states, chunk_size: int, dtype):
         return compute(*(chunks[shared[id(x)]] for x in tokens), *inputs[count:])
 
     with no_autocast(tokens[0]):
-        for parts in zip(*(x.split(length, 1) for x in tokens), strict=True):
+        for parts in zip(*(x.split(length, 1) for x in tokens), strict=True) if seq_len else ():
             if bounded:
                 y, *states = checkpoint(run, *parts, *states, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -21,11 +21,14 @@ from .write import Target, appearing, check_destination, write_json, write_weigh
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 NEUTRAL = (  # fields of ours that say nothing about the logits
     "initializer_range use_cache pad_token_id bos_token_id eos_token_id time_step_min time_step_max time_step_floor "
-    "innovation_loss_coef chunk_size"
+    "innovation_loss_coef chunk_size unpadded_vocab_size"
 )
-OF_ATTENTION = "num_attention_heads num_key_value_heads head_dim rope_parameters attention_bias use_qk_norm max_position_embeddings"
+OF_ATTENTION = (
+    "num_attention_heads num_key_value_heads head_dim rope_parameters attention_bias use_qk_norm max_position_embeddings "
+    "position_embedding_type rope_interleave softmax_scale key_multiplier attention_out_bias attention_conv_kernel"
+)
 OF_MLP = "hidden_act mlp_bias"
-OF_SSM = "state_size conv_kernel use_bias use_conv_bias time_step_limit mamba_hidden_act mixer_norm mixer_rms_eps"
+OF_SSM = "state_size conv_kernel use_bias projectors_bias use_conv_bias time_step_limit mamba_hidden_act mixer_norm mixer_rms_eps"
 OF_MAMBA = "expand time_step_rank mamba_intermediate_size"
 OF_MAMBA2 = (
     "mamba_num_heads mamba_num_key_value_heads mamba_head_dim n_groups mamba_use_pos_emb mamba_rms_norm "

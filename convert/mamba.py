@@ -8,7 +8,7 @@ from .core import Format, Piece, Refusal
 
 SAME = (
     "vocab_size hidden_size num_hidden_layers state_size conv_kernel expand use_bias use_conv_bias time_step_min "
-    "time_step_max time_step_floor initializer_range tie_word_embeddings use_cache"
+    "time_step_max time_step_floor initializer_range tie_word_embeddings use_cache residual_in_fp32"
 )
 LEFT_OVER = (  # of the native checkpoints that published ones were made from; transformers' classes read none of them
     "d_model d_inner n_layer ssm_cfg attn_layer_idx attn_cfg d_intermediate rms_norm norm_before_gate fused_add_norm "

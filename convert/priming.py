@@ -73,6 +73,7 @@ def prime(
             "mixer_norm": "learned" if config.use_qk_norm else None,
             "mixer_rms_eps": config.rms_norm_eps,
             "use_bias": config.attention_bias,
+            "projectors_bias": config.attention_out_bias,
         }
     )
     found = dict(tensors)
@@ -138,6 +139,7 @@ def fading(config, tensors: dict[str, Stretch], layer: int) -> dict[str, Stretch
         biases = [tensors[f"{at}{name}_proj.bias"] for name in "vkq"]
         gate_bias = make((inner,), lambda: repeated(biases[0]) / 2)
         made["in_proj.bias"] = stack(gate_bias, *biases, make((heads,), lambda: torch.zeros(heads)))
+    if config.projectors_bias:
         made["out_proj.bias"] = tensors[f"{at}o_proj.bias"]
     if config.use_qk_norm:
         made |= {"B_norm.weight": tensors[f"{at}k_norm.weight"], "C_norm.weight": tensors[f"{at}q_norm.weight"]}
