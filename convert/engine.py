@@ -28,7 +28,8 @@ OF_ATTENTION = (
     "position_embedding_type rope_interleave softmax_scale key_multiplier attention_out_bias attention_conv_kernel"
 )
 OF_MLP = "hidden_act mlp_bias"
-OF_SSM = "state_size conv_kernel use_bias projectors_bias use_conv_bias time_step_limit mamba_hidden_act mixer_norm mixer_rms_eps"
+OF_SSM = "conv_kernel use_bias projectors_bias use_conv_bias mamba_hidden_act"
+OF_EITHER_MAMBA = "state_size time_step_limit mixer_norm mixer_rms_eps"
 OF_MAMBA = "expand time_step_rank mamba_intermediate_size"
 OF_MAMBA2 = (
     "mamba_num_heads mamba_num_key_value_heads mamba_head_dim n_groups mamba_use_pos_emb mamba_rms_norm "
@@ -36,7 +37,12 @@ OF_MAMBA2 = (
 )
 OF_MEMORY = (
     "ssm_type eidetic_size eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel fading_span "
-    "tie_attn_weights"
+    "tie_attn_weights fading_query"
+)
+OF_EIDETIC = "eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel"
+OF_DELTA = (
+    "use_short_conv use_v_conv use_gate kv_proj_rank kv_learnable_residual allow_neg_eigval num_iter ridge_strength "
+    "bp_lambda use_alpha_connection use_beta_gate use_forgetting_gate use_forgetting_gate_kk gla_rescale"
 )
 
 
@@ -388,9 +394,12 @@ def check_special_case(form: Format, config, same) -> None:
         ("sliding_window", layers & {"sliding_attention", "bmojo"}),
         (OF_MLP, config.intermediate_size is not None),
         (OF_SSM, config.ssm_types),
+        (OF_EITHER_MAMBA, config.ssm_types & {"mamba", "mamba2"}),
         (OF_MAMBA, "mamba" in config.ssm_types),
         (OF_MAMBA2, "mamba2" in config.ssm_types),
         (OF_MEMORY, "bmojo" in layers),
+        (OF_EIDETIC, "bmojo" in layers and config.eidetic_size),
+        (OF_DELTA, config.ssm_types & {"gated_deltanet", "gated_kalmanet"}),
     ):
         unread += [] if is_read else names.split()
     for name in type(config).__annotations__:
