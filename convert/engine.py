@@ -36,7 +36,7 @@ OF_MAMBA2 = (
     "mamba_norm_before_gate mamba_norm_eps mamba_d_mlp D_has_hdim"
 )
 OF_MEMORY = (
-    "ssm_type eidetic_size eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel fading_span "
+    "eidetic_size eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel fading_span "
     "tie_attn_weights fading_query"
 )
 OF_EIDETIC = "eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel"
@@ -397,6 +397,7 @@ def check_special_case(form: Format, config, same) -> None:
         (OF_EITHER_MAMBA, config.ssm_types & {"mamba", "mamba2"}),
         (OF_MAMBA, "mamba" in config.ssm_types),
         (OF_MAMBA2, "mamba2" in config.ssm_types),
+        ("ssm_type", layers & {"bmojo", "hybrid"}),
         (OF_MEMORY, "bmojo" in layers),
         (OF_EIDETIC, "bmojo" in layers and config.eidetic_size),
         (OF_DELTA, config.ssm_types & {"gated_deltanet", "gated_kalmanet"}),
