@@ -19,6 +19,7 @@ from .write import Target, appearing, check_destination, write_json, write_weigh
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+MOST_LAYERS = 10_000
 NEUTRAL = (  # fields of ours that say nothing about the logits
     "initializer_range use_cache pad_token_id bos_token_id eos_token_id time_step_min time_step_max time_step_floor "
     "innovation_loss_coef chunk_size unpadded_vocab_size"
@@ -214,6 +215,9 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
     fields = read_json(folder / CONFIGURATION)
     if fields.get("quantization_config"):
         raise Refusal("config.json has a quantization_config: quantised weights are not converted.")
+    for name in ("num_hidden_layers", "n_layer"):  # before anything is made of them
+        if isinstance(fields.get(name), int) and fields[name] > MOST_LAYERS:
+            raise Refusal(f"config.json has {name} = {fields[name]}; no more than {MOST_LAYERS} are converted.")
     if fields.get("model_type") == OURS:
         say(f"{folder} is a B'MOJO folder.")
         config, stored = ours.read_config(fields), read_checkpoint(folder)
@@ -247,23 +251,25 @@ def drop_unused(stored: dict[str, Stretch], used: set[str], duplicates: dict, ig
     Raises:
         Refusal: one of them is not known to be superfluous, or differs from what it should repeat.
     """
-    unknown = []
+    unknown, reasons = [], {}
     for name in sorted(stored.keys() - used):
         reason = next((why for key, why in ignored.items() if name == key or re.fullmatch(key, name)), None)
         if name in duplicates:
             other = duplicates[name]
             if other not in stored or not equal(stored[name], stored[other]):
                 raise Refusal(f"{name} should repeat {other}, since the embeddings are tied, but differs from it.")
-            reason = f"it repeats {other}"
+            reason = f"repeats {other}"
         if reason is None:
             unknown.append(name)
         else:
-            say(f"Not used: {name} ({reason}).")
+            reasons.setdefault(reason, []).append(name)
             del stored[name]
     if unknown:
         raise Refusal(
             f"the checkpoint holds {len(unknown)} tensors that its config.json does not mean: {listed(unknown)}."
         )
+    for reason, names in reasons.items():
+        say(f"Not used ({reason}): {', '.join(names)}.")
 
 
 def equal(one: Stretch, other: Stretch) -> bool:
