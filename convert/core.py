@@ -28,7 +28,9 @@ class Piece:
 def assemble(pieces: list[Piece], read: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
     """Concatenate pieces along the first axis; `read` returns the rows that a piece names, (stop - start, ...)."""
     parts = [read(piece) for piece in pieces]
-    parts = [part if piece.shape is None else part.reshape(piece.shape) for piece, part in zip(pieces, parts, strict=True)]
+    parts = [
+        part if piece.shape is None else part.reshape(piece.shape) for piece, part in zip(pieces, parts, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
