@@ -25,7 +25,7 @@ float64, and prints how far each is from what this repository's layers compute:
     Jamba       a whole model of a Mamba and an attention layer as one system: norms, convolution, gates, MLPs and
                 residuals included, since each multiplies its input by something that depends on state and input.
                 A_t is block triangular, with nilpotent, diagonal and nilpotent blocks
-    B'MOJO      a further block whose slots switch: at the end of a chunk a matrix of zeros and ones chooses, by the
+    B'MOJO      a further block whose slots switch: where a chunk begins a matrix of zeros and ones chooses, by the
                 innovations that the state holds, which tokens stay
 
 The figure, drawn where matplotlib is installed, has the state matrices and what is left of one input after k steps.

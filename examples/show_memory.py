@@ -271,7 +271,7 @@ def make_page(reading: Reading) -> str:
         "last": str(reading.chunks - 1),
         "window": str(reading.window),
         "size": str(reading.size),
-        "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        "data": json.dumps(data, separators=(",", ":"), allow_nan=False),
     }
     return Page(PAGE).substitute(fields)
 
