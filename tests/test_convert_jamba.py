@@ -77,7 +77,7 @@ def in_memory(form, config: dict, weights: dict[str, torch.Tensor]) -> BMojoForC
 
 
 def check_equal(theirs, form, tolerance=1e-5):
-    """Logits, and those of cached calls, with float64 weights (transformers computes parts in float32 all the same)."""
+    """Logits, those of cached calls, and gradients, with float64 weights (transformers has parts in float32 all the same)."""
     theirs = randomised(theirs).double()
     ours = in_memory(form, config_json(theirs), theirs.state_dict())
     ids = torch.randint(3, 41, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -87,6 +87,12 @@ def check_equal(theirs, form, tolerance=1e-5):
         cache = BMojoCache(ours.config)
         parts = [ours(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 6], 1)]
         assert rel_error(torch.cat(parts, 1), want) < tolerance
+    for model in (theirs, ours):
+        model(ids, use_cache=False).logits.square().mean().backward()
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, pieces in form.tensors(config_json(theirs)).items():
+        want = assemble(pieces, lambda piece: grads[piece.name])
+        assert rel_error(ours.get_parameter(name).grad, want) < 10 * tolerance, name
     again = form.from_bmojo(ours.config)
     assert form.to_bmojo(again) == form.to_bmojo(config_json(theirs))
     assert form.shapes(again) == form.shapes(config_json(theirs))

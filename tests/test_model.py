@@ -212,7 +212,7 @@ def assert_same_state(got, want, tolerance=1e-9):
 # ---------------------------------------------------------------------------- model = reference
 
 
-@in_forms(VARIANTS, SOME)
+@in_forms(VARIANTS, [*SOME, *SOME_SSM])
 def test_model_is_the_reference(make, form, variant):
     model = make(variant)
     w = model.config.sliding_window
@@ -273,7 +273,7 @@ def test_model_runs_on_a_config_of_another_class(make):
 # ---------------------------------------------------------------------------- streaming = parallel
 
 
-@in_forms([*VARIANTS, *NO_REFERENCE], SOME)
+@in_forms([*VARIANTS, *NO_REFERENCE], [*SOME, *SOME_SSM])
 def test_streaming_is_parallel(make, form, variant):
     assert_streaming_is_parallel(make(variant), 1e-9)
 

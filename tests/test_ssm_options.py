@@ -1,6 +1,7 @@
 """The options inside the SSMs: against loops in float64, against transformers' mixers, and against recordings of other code."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -143,11 +144,15 @@ def any_fields(draw):
     }
 
 
-@given(any_fields())
+@given(any_fields(), st.booleans())
 @settings(FEW_EXAMPLES, max_examples=40)
-def test_any_options_are_the_reference(tiny_config, fields):
-    """Logits, and the gradients of all parameters, of any combination; cached calls too."""
-    config = tiny_config(**fields)
+def test_any_options_are_the_reference(tiny_config, cut, fields, in_blocks):
+    """Logits, and the gradients of all parameters, of any combination; cached calls too; also in the forms for long inputs."""
+    with cut() if in_blocks else nullcontext():
+        compare_with_reference(tiny_config(**fields))
+
+
+def compare_with_reference(config):
     model = randomise(BMojoForCausalLM(config).double())
     ids = torch.randint(3, 97, (13,), generator=torch.Generator().manual_seed(1))
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
