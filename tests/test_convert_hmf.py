@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from bmojo.cache_bmojo import BMojoCache
 from bmojo.configuration_bmojo import BMojoConfig
@@ -173,8 +174,6 @@ def test_recorded_case_through_the_command(recorded, tmp_path):
     folder, config, want, _ = recorded
     said = []
     convert(folder, tmp_path / "ours", progress=False, say=said.append)
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
     with torch.no_grad():
         assert largest(model(want["input_ids"]).logits, want["logits"]) < 5e-5  # in float32
