@@ -16,6 +16,7 @@ Results go to --output: <model>/final (the model), <model>.json, books.json, boo
 """
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
@@ -76,9 +77,22 @@ def train(name: str, args: argparse.Namespace) -> Path:
     from transformers import AutoTokenizer
 
     vocab_size = len(AutoTokenizer.from_pretrained(str(ROOT), trust_remote_code=True))
-    command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), "--resume", "--threads", str(args.threads)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("pretrain.py")),
+        "--resume",
+        "--threads",
+        str(args.threads),
+    ]
     command += ["--data", f"{args.data}/train", "--output", str(folder), "--seq-len", str(args.seq_len)]
-    command += ["--batch-size", str(args.batch_size), "--steps", str(args.steps), "--learning-rate", str(args.learning_rate)]
+    command += [
+        "--batch-size",
+        str(args.batch_size),
+        "--steps",
+        str(args.steps),
+        "--learning-rate",
+        str(args.learning_rate),
+    ]
     command += ["--seed", str(args.seed), "--warmup", "100", "--save-every", "250"]
     command += ["--config", json.dumps(make_config(name, vocab_size, args.parameters))]
     subprocess.run(command, check=True)
@@ -111,8 +125,12 @@ def measure(folder: Path, books: list[Path], common: np.ndarray, args: argparse.
     model, tokenizer = load_model(str(folder))
     edges = [0, 256] + [2**power for power in range(9, 1 + int(math.log2(args.length)))]
     reach = LAYERS * 2 * SIZES["sliding_window"]
-    names = [f"{low}-{high}" for low, high in zip(edges, edges[1:], strict=False)]
-    result = {"positions": {name: [] for name in names}, "rare": {"first": [], "within": [], "beyond": []}, "books": []}
+    names = [f"{low}-{high}" for low, high in itertools.pairwise(edges)]
+    result = {
+        "positions": {name: [] for name in names},
+        "rare": {"first": [], "within": [], "beyond": []},
+        "books": [],
+    }
     for path in books:
         ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"][: args.length]
         if len(ids) < args.length or len(result["books"]) == args.max_books:
@@ -129,7 +147,8 @@ def measure(folder: Path, books: list[Path], common: np.ndarray, args: argparse.
         result["books"].append(path.name)
         print(f"\r{folder.parent.name}: {len(result['books'])} books", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    log = [json.loads(line) for line in open(folder.parent / "log.jsonl", encoding="utf-8")]
+    with open(folder.parent / "log.jsonl", encoding="utf-8") as file:
+        log = [json.loads(line) for line in file]
     last = [entry for entry in log if "tokens" in entry][-1]
     return result | {
         "parameters": model.num_parameters(),
@@ -164,7 +183,7 @@ def plot(results: dict[str, dict], seq_len: int, target: Path):
     left, right = figure.subplots(1, 2)
     for model, result in results.items():
         edges = result["edges"]
-        middle = [math.sqrt(max(low, 128) * high) for low, high in zip(edges, edges[1:], strict=False)]
+        middle = [math.sqrt(max(low, 128) * high) for low, high in itertools.pairwise(edges)]
         left.plot(middle, [np.mean(values) for values in result["positions"].values()], marker="o", ms=3, label=model)
     left.axvline(seq_len, color="grey", ls=":", lw=1)
     left.annotate(" trained up to here", (seq_len, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import transformers
 from common import ROOT
 from recall_tasks import IGNORED, TASKS, Examples, make_task
+from recall_variations import VARIATIONS
 from torch import nn
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -60,6 +61,7 @@ class Run:
             gets twice as much. Empty: the task as it is.
         model: a name of `LAYERS`, or "transformers:<class>".
         fields: of the model's config.
+        variation: of `recall_variations`, or None.
         parameters: the width of the MLPs is chosen so that there are about as many; None: as in the B'MOJO of the task.
         seconds, steps: the budget, one of them None.
         eval_lengths: lengths for the test beside the last of training.
@@ -75,10 +77,11 @@ class Run:
     hidden_size: int = 64
     window: int = 8
     fields: dict = field(default_factory=dict)
+    variation: str | None = None
     parameters: int | None = None
-    lr: float = 3e-3
+    lr: float = 2e-3
     weight_decay: float = 0.1
-    batch_size: int = 32
+    batch_size: int = 16
     seconds: float | None = 60.0
     steps: int | None = None
     seed: int = 0
@@ -153,8 +156,10 @@ def build(run: Run, num_tokens: int) -> nn.Module:
             "num_attention_heads": 2,
             "sliding_window": run.window,
             "initializer_range": 0.1,
-            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
-        } | run.fields
+        }
+        known = vars(model_class.config_class())
+        fields = {name: value for name, value in fields.items() if name in known} | run.fields
+        fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     elif run.model in LAYERS:
         model_class = get_class_from_dynamic_module("modeling_bmojo.BMojoForCausalLM", str(ROOT))
         fields = model_fields(run, num_tokens)
@@ -177,7 +182,12 @@ def build(run: Run, num_tokens: int) -> nn.Module:
             raise SystemExit(f"{run.model} has more than {wanted} parameters without any MLP; raise --parameters.")
         fields["intermediate_size"] = width
     transformers.set_seed(run.seed)
-    return model_class(model_class.config_class(**fields))
+    model = model_class(model_class.config_class(**fields))
+    if run.variation is not None:
+        if run.variation not in VARIATIONS:
+            raise SystemExit(f"There is no variation {run.variation!r}; there are {', '.join(VARIATIONS)}.")
+        VARIATIONS[run.variation](model)
+    return model
 
 
 def memory_floats(model: nn.Module, length: int) -> int:
@@ -322,7 +332,9 @@ def train(run: Run, progress_bar: bool = True) -> dict:
         if progress * 10 >= len(curve) + 1:
             before = time.process_time()
             accuracy = evaluate(learner, task, replace(run, eval_examples=128))["accuracy"]
-            curve.append({"step": step, "seconds": round(spent, 1), "loss": float(np.mean(losses)), "accuracy": accuracy})
+            curve.append(
+                {"step": step, "seconds": round(spent, 1), "loss": float(np.mean(losses)), "accuracy": accuracy}
+            )
             bar.set_postfix(loss=f"{curve[-1]['loss']:.3f}", accuracy=f"{accuracy:.3f}")
             losses, tests = [], tests + time.process_time() - before
         for group in optimizer.param_groups:
@@ -371,7 +383,9 @@ def save(result: dict, path: Path):
 def describe(result: dict) -> str:
     """One line of a result."""
     run = result["run"]
-    parts = [f"{run['model']}, seed {run['seed']}, lr {run['lr']:g}: {result['steps']} steps, {result['cpu_seconds']:.0f} CPU s"]
+    parts = [
+        f"{run['model']}, seed {run['seed']}, lr {run['lr']:g}: {result['steps']} steps, {result['cpu_seconds']:.0f} CPU s"
+    ]
     for length, test in result["tests"].items():
         shown = f"{length}: {test['accuracy']:.3f}"
         if "beyond" in test:
@@ -380,19 +394,16 @@ def describe(result: dict) -> str:
     return "; ".join(parts)
 
 
-def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], only: str | None, bar: bool):
+def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
     """Run the rows that have no results yet.
 
     Args:
         rows: name to fields of `Run`; "lr" may be a list, the grid.
         output: folder of the results, `<row>/lr<lr>-seed<seed>.json`.
         seeds: the first chooses among the learning rates.
-        only: rows whose name contains it.
         bar: whether to show progress.
     """
     for name, fields in rows.items():
-        if only and only not in name:
-            continue
         grid = fields.get("lr", Run.lr)
         grid = grid if isinstance(grid, (list, tuple)) else [grid]
 
@@ -432,16 +443,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task", default="mqar", choices=TASKS)
     add("--task-set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the task (recall_tasks.py)")
-    add("--stages", nargs="+", default=[], metavar="PAIRSxLENGTH", help="parts of a curriculum for mqar, such as 8x64 16x128")
+    add(
+        "--stages",
+        nargs="+",
+        default=[],
+        metavar="PAIRSxLENGTH",
+        help="parts of a curriculum for mqar, such as 8x64 16x128",
+    )
     add("--model", default="bmojo", help=f"{', '.join(LAYERS)}, or transformers:<class>")
     add("--ssm", default="mamba2", choices=("mamba2", "mamba"))
     add("--layers", type=int, default=2)
     add("--hidden-size", type=int, default=64)
     add("--window", type=int, default=8)
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the model's config")
+    add("--variation", help=f"change the model: {', '.join(VARIATIONS)}")
     add("--parameters", type=int, help="make the MLPs as wide as this many parameters ask")
-    add("--lr", type=float, default=3e-3)
-    add("--batch-size", type=int, default=32)
+    add("--lr", type=float, default=2e-3)
+    add("--batch-size", type=int, default=16)
     add("--seconds", type=float, default=60, help="CPU seconds of training")
     add("--steps", type=int, help="instead of --seconds")
     add("--seeds", type=int, nargs="+", default=[0])
@@ -449,7 +467,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--eval-examples", type=int, default=512)
     add("--train-examples", type=int, help="so many different examples (MAD: 12800); default: never one twice")
     add("--suite", help="run the rows of a suite that have no results yet; see --list")
-    add("--only", help="rows of the suite whose name contains this")
+    add("--only", nargs="+", metavar="ROW", help="rows of the suite")
     add("--list", action="store_true", help="print the suites and their rows")
     add("--output", default="runs/recall")
     add("--threads", type=int, default=1)
@@ -471,7 +489,12 @@ def main():
         if args.suite not in SUITES:
             raise SystemExit(f"There is no suite {args.suite!r}; there are {', '.join(SUITES)}.")
         seeds = args.seeds if len(args.seeds) > 1 else [0, 1, 2]
-        run_suite(SUITES[args.suite], Path(args.output) / args.suite, seeds, args.only, bar)
+        rows = SUITES[args.suite]
+        unknown = set(args.only or ()) - set(rows)
+        if unknown:
+            raise SystemExit(f"{args.suite} has no row {', '.join(sorted(unknown))}; it has {', '.join(rows)}.")
+        rows = {name: rows[name] for name in args.only or rows}
+        run_suite(rows, Path(args.output) / args.suite, seeds, bar)
         return
     try:
         stages = tuple(tuple(map(int, stage.split("x"))) for stage in args.stages)
@@ -485,6 +508,7 @@ def main():
             hidden_size=args.hidden_size,
             window=args.window,
             fields=parse_fields(args.set),
+            variation=args.variation,
             parameters=args.parameters,
             lr=args.lr,
             batch_size=args.batch_size,

@@ -33,7 +33,9 @@ class Examples(NamedTuple):
 
 def choose(rng: np.random.Generator, rows: int, weights: np.ndarray, size: int) -> np.ndarray:
     """Draw without replacement, in every row anew: (rows, size) indices, each draw in proportion to what weights remain."""
-    keys = np.log(weights) + rng.gumbel(size=(rows, len(weights)))  # the order of these keys is the order of such draws
+    keys = np.log(weights) + rng.gumbel(
+        size=(rows, len(weights))
+    )  # the order of these keys is the order of such draws
     return np.argpartition(-keys, size - 1, axis=1)[:, :size] if size < len(weights) else np.argsort(-keys, 1)
 
 
@@ -80,7 +82,9 @@ class AssociativeRecall:
                 f"{self.lead} (both must be even)."
             )
         if self.pairs >= self.vocab_size // 2:
-            raise ValueError(f"vocab_size {self.vocab_size} has {self.vocab_size // 2 - 1} keys for {self.pairs} pairs.")
+            raise ValueError(
+                f"vocab_size {self.vocab_size} has {self.vocab_size // 2 - 1} keys for {self.pairs} pairs."
+            )
         if self.filler not in ("random", "repeated", "noise"):
             raise ValueError(f"filler is {self.filler!r}; allowed are 'random', 'repeated' and 'noise'.")
 
@@ -137,7 +141,9 @@ class InContextRecall:
 
     def __post_init__(self):
         if self.vocab_size - self.noise_vocab_size < 2:
-            raise ValueError(f"noise_vocab_size {self.noise_vocab_size} leaves no keys of vocab_size {self.vocab_size}.")
+            raise ValueError(
+                f"noise_vocab_size {self.noise_vocab_size} leaves no keys of vocab_size {self.vocab_size}."
+            )
         if self.noise and not self.noise_vocab_size:
             raise ValueError(f"noise {self.noise} needs a noise_vocab_size.")
 
@@ -224,7 +230,9 @@ class FuzzyRecall:
         while len(tokens) < self.length - probe_size - 2 * self.motif:
             key = probe if len(tokens) >= at and not shown else draw(0, known // 2, sizes)
             shown = shown or key == probe
-            self._add(tokens, evidence, seen, key, meaning.setdefault(key, draw(known // 2, known, range(1, self.motif + 1))))
+            self._add(
+                tokens, evidence, seen, key, meaning.setdefault(key, draw(known // 2, known, range(1, self.motif + 1)))
+            )
         self._add(tokens, evidence, seen, probe, meaning[probe])
         tokens, evidence = np.array(tokens), np.array(evidence)
         missing = self.length + 1 - len(tokens)

@@ -1,0 +1,119 @@
+r"""Tables and plots of the results that recall.py has kept.
+
+    python examples/recall_report.py runs/recall/eight --plot assets/recall/eight.png
+
+One line per row of the suite, at the learning rate that won its grid: mean over seeds, lowest and highest in brackets.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def read_rows(folder: Path) -> dict[str, list[dict]]:
+    """Row name to its results at the chosen learning rate, one per seed.
+
+    The chosen rate is the one that most seeds were run with; where a single seed is there, the most accurate one.
+    """
+    rows = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        by_rate = {}
+        for path in sorted(place.glob("*.json")):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            by_rate.setdefault(result["run"]["lr"], []).append(result)
+        if by_rate:
+            rows[place.name] = max(by_rate.values(), key=lambda found: (len(found), np.mean(accuracies(found)[0])))
+    return rows
+
+
+def accuracies(results: list[dict], key: str = "accuracy") -> list[list[float]]:
+    """For every length tested the seeds' accuracies; NaN where a length has no such question."""
+    lengths = results[0]["tests"]
+    return [[result["tests"][length].get(key, float("nan")) for result in results] for length in lengths]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range of the seeds."""
+    if np.isnan(values).all():
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"**{np.mean(values):.3f}** [{min(values):.3f}, {max(values):.3f}]"
+
+
+def table(rows: dict[str, list[dict]]) -> str:
+    """Markdown."""
+    lengths = list(next(iter(rows.values()))[0]["tests"])
+    head = ["model", "parameters", "floats of memory", "tokens", "CPU s", "rate"]
+    for length in lengths:
+        head += [f"{length} tokens", "beyond reach", "held"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name, results in rows.items():
+        first = results[0]
+        cells = [name, f"{first['parameters']:,}", f"{first['memory_floats']:,}", f"{first['tokens'] / 1e6:.1f}M"]
+        cells += [f"{np.mean([result['cpu_seconds'] for result in results]):.0f}", f"{first['run']['lr']:g}"]
+        for place in range(len(lengths)):
+            tested = place < len(first["tests"])
+            for key in ("accuracy", "beyond", "held"):
+                cells.append(spread(accuracies(results, key)[place]) if tested else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[str, list[dict]], target: Path, title: str):
+    """Accuracy against test length where several were tested, else a dot for every seed; against memory beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    longest = max(len(results[0]["tests"]) for results in rows.values())
+    for number, (name, results) in enumerate(rows.items()):
+        lengths, values = [int(length) for length in results[0]["tests"]], np.array(accuracies(results))
+        if longest > 1:
+            (line,) = left.plot(lengths, values.mean(1), marker="o", ms=4, label=name)
+            left.fill_between(lengths, values.min(1), values.max(1), alpha=0.15, color=line.get_color())
+        else:
+            left.plot([number] * values.shape[1], values[0], "o", ms=5, label=name)
+        memory = results[0]["memory_floats"]
+        right.plot([memory] * values.shape[1], values[-1], "o", ms=5, alpha=0.8, label=name)
+    chance = next(iter(rows.values()))[0]["chance"]
+    left.axhline(chance, color="grey", ls=":", lw=1)
+    if longest > 1:
+        left.set(xscale="log", xlabel="tokens in the test")
+    else:
+        left.set_xticks(range(len(rows)), list(rows), rotation=25, ha="right")
+    right.set(xscale="log", xlabel="numbers of memory", ylabel="accuracy at the longest test")
+    left.set(ylabel="accuracy", title=title)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes in (left, right):
+        axes.set_ylim(-0.03, 1.03)
+        axes.grid(alpha=0.3)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=130)
+
+
+def main():
+    """Print the table, draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of a suite's results")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument("--title", default="")
+    args = parser.parse_args()
+    if not args.folder.is_dir():
+        raise SystemExit(f"There is no folder {args.folder}; recall.py --suite makes one.")
+    rows = read_rows(args.folder)
+    if not rows:
+        raise SystemExit(f"{args.folder} holds no results.")
+    print(table(rows))
+    if args.plot:
+        try:
+            plot(rows, args.plot, args.title or args.folder.name)
+        except ImportError:
+            print("No plot: it needs matplotlib (pip install matplotlib).", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The recall tasks against their definitions, solved by readers of the prompt; and the program around them, in small."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+import recall  # noqa: E402
+from recall_tasks import DEFAULTS, IGNORED, MAD_VARIATIONS, TASKS, choose, make_task  # noqa: E402
+
+
+def draw(name, examples=32, training=False, seed=0, **fields):
+    task = make_task(name, **fields)
+    return task, task.sample(np.random.default_rng(seed), examples, training)
+
+
+@pytest.mark.parametrize("filler", ["random", "repeated", "noise"])
+@pytest.mark.parametrize(("length", "pairs", "lead"), [(64, 8, 0), (128, 16, 16), (40, 3, 4), (32, 8, 0)])
+def test_mqar_is_answered_by_looking_up_the_pairs(filler, length, pairs, lead):
+    task, (ids, labels, scored, evidence) = draw("mqar", filler=filler, length=length, pairs=pairs, lead=lead)
+    for row in range(len(ids)):
+        keys, values = ids[row, lead : lead + 2 * pairs : 2], ids[row, lead + 1 : lead + 2 * pairs : 2]
+        assert len(set(keys)) == len(set(values)) == pairs
+        assert (keys > 0).all()
+        assert (keys < 64).all()
+        assert (values >= 64).all()
+        assert (values < 128).all()
+        told = dict(zip(keys.tolist(), values.tolist(), strict=True))
+        asked = np.flatnonzero(scored[row])
+        assert sorted(ids[row, asked]) == sorted(keys)  # every key once
+        assert (asked >= lead + 2 * pairs).all()
+        assert ((asked - lead) % 2 == 0).all()
+        assert [told[key] for key in ids[row, asked].tolist()] == labels[row, asked].tolist()
+        assert np.array_equal(ids[row, evidence[row, asked]], labels[row, asked])
+        rest = np.ones(length, dtype=bool)
+        rest[lead : lead + 2 * pairs], rest[asked] = False, False
+        low, high = {"random": (0, 128), "repeated": (0, 1), "noise": (128, 144)}[filler]
+        assert (low <= ids[row, rest]).all()
+        assert (ids[row, rest] < high).all()
+    assert np.array_equal(scored, labels != IGNORED)
+    assert ids.max() < task.num_tokens
+
+
+def test_gaps_of_mqar_follow_the_power_law():
+    _, (_, _, scored, _) = draw("mqar", examples=20000, length=24, pairs=1)
+    found = np.bincount((np.nonzero(scored)[1] - 2) // 2, minlength=11) / 20000
+    law = np.arange(1, 12) ** (0.01 - 1)
+    assert np.abs(found - law / law.sum()).max() < 0.015  # 4 standard errors of the largest share
+
+
+def test_draws_without_replacement_go_by_what_is_left():
+    weights = np.array([5.0, 3.0, 1.0, 1.0])
+    found = choose(np.random.default_rng(0), 40000, weights, 2)
+    assert (found[:, 0] != found[:, 1]).all()
+    first = weights / weights.sum()
+    inside = [first[i] + sum(first[j] * weights[i] / (10 - weights[j]) for j in range(4) if j != i) for i in range(4)]
+    assert np.abs(np.bincount(found.ravel(), minlength=4) / 40000 - inside).max() < 0.01
+
+
+@pytest.mark.parametrize("fields", [{}, {"vocab_size": 64}, {"length": 256}])
+@pytest.mark.parametrize("name", ["in-context-recall", "noisy-recall"])
+def test_recall_in_context_is_answered_by_the_last_pair_with_the_key(name, fields):
+    fields = {key: value + 16 * (key == "vocab_size" and name == "noisy-recall") for key, value in fields.items()}
+    task, (ids, labels, scored, evidence) = draw(name, **fields)
+    _, trained = draw(name, training=True, **fields)
+    assert np.array_equal(trained.ids, ids)
+    assert np.array_equal(trained.labels[:, :-1], ids[:, 1:])
+    known = (task.vocab_size - task.noise_vocab_size) // 2
+    assert ids.shape == (32, task.length - 1)
+    for row in range(len(ids)):
+        seen = {}
+        for place in range(0, ids.shape[1], 2):
+            key = int(ids[row, place])
+            assert scored[row, place] == (key in seen)
+            if key in seen:
+                assert labels[row, place] == seen[key] == ids[row, evidence[row, place]]
+            if key < known and place + 1 < ids.shape[1]:
+                assert seen.setdefault(key, int(ids[row, place + 1])) == ids[row, place + 1]
+        assert scored[row, -1]  # the last question has an answer
+    share = (ids[:, :-1:2] >= 2 * known).mean()
+    assert abs(share - task.noise) < 0.05
+
+
+def test_fuzzy_recall_asks_for_motifs_that_were_shown():
+    task, (ids, labels, scored, evidence) = draw("fuzzy-recall", examples=64)
+    rows, places = np.nonzero(scored)
+    assert set(rows) == set(range(64))
+    assert np.array_equal(ids[rows, evidence[rows, places]], labels[rows, places])
+    assert (labels[scored] >= (task.vocab_size - 1) // 2).all()
+    for row in range(64):  # the longest key stands before the first token of a value, there and here
+        for place in np.flatnonzero(scored[row] & ~np.roll(scored[row], 1)):
+            start = evidence[row, place]
+            assert np.array_equal(ids[row, start - 3 : start], ids[row, place - 2 : place + 1])
+    assert (ids == task.vocab_size - 1).sum(1).max() < task.length // 3  # padding, at the front
+
+
+def test_selective_copying_is_answered_by_what_is_no_blank():
+    task, (ids, labels, scored, evidence) = draw("selective-copying")
+    for row in range(len(ids)):
+        before = ids[row, : task.length - task.copied - 1]
+        assert np.array_equal(before[before != 14], labels[row, scored[row]])
+        assert ids[row, len(before)] == 15
+        assert (ids[row, len(before) + 1 :] == 14).all()
+        assert np.array_equal(ids[row, evidence[row, scored[row]]], labels[row, scored[row]])
+
+
+def test_compression_and_memorization():
+    task, (ids, labels, scored, _) = draw("compression")
+    assert np.array_equal(ids, labels)
+    assert scored.all()
+    assert (ids[:, -1] == 15).all()
+    assert (ids[:, :-1] < 15).all()
+    task, (ids, labels, scored, _) = draw("memorization")
+    _, other = draw("memorization", seed=1)
+    facts = {}
+    for batch in (ids, labels), (other.ids, other.labels):
+        for key, value in zip(batch[0][:, ::2].ravel().tolist(), batch[1][:, 1::2].ravel().tolist(), strict=True):
+            assert facts.setdefault(key, value) == value  # the same in all examples
+    assert (ids[:, 1::2] == task.vocab_size - 1).all()
+
+
+@pytest.mark.parametrize("name", MAD_VARIATIONS)
+def test_the_published_variations_can_be_drawn(name):
+    for field, values in MAD_VARIATIONS[name].items():
+        for value in values:
+            task, (ids, labels, *_) = draw(name, examples=1, **{field: value})
+            assert ids.min() >= 0
+            assert ids.max() < task.num_tokens
+            assert labels.max() < task.num_tokens
+    assert set(MAD_VARIATIONS) == set(TASKS) - {"mqar"}
+    assert set(DEFAULTS) <= set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("mqar", {"pairs": 17}, "17 pairs need 68 tokens"),
+        ("mqar", {"filler": "none"}, "filler is 'none'"),
+        ("mqar", {"pairs": 8, "vocab_size": 16}, "7 keys for 8 pairs"),
+        ("noisy-recall", {"noise_vocab_size": 31}, "leaves no keys"),
+        ("in-context-recall", {"noise": 0.5}, "needs a noise_vocab_size"),
+        ("selective-copying", {"copied": 128}, "must be above"),
+        ("fuzzy-recall", {"length": 18}, "needs a length above 18"),
+        ("nothing", {}, "There is no task 'nothing'"),
+        ("mqar", {"size": 1}, "has no size"),
+    ],
+)
+def test_impossible_tasks_say_why(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(name, **fields)
+
+
+@pytest.mark.parametrize("model", [*recall.LAYERS, "transformers:LlamaForCausalLM", "transformers:Mamba2ForCausalLM"])
+def test_models_have_equal_parameters_and_learn_a_step(model):
+    fields = {"num_heads": 4, "head_dim": 32, "n_groups": 1} if "Mamba2" in model else {}
+    run = recall.Run(model=model, fields=fields, seconds=None, steps=2, batch_size=2, eval_examples=4)
+    result = recall.train(run, progress_bar=False)
+    assert result["steps"] == 2
+    assert result["tokens"] == 2 * 2 * 64
+    assert set(result["tests"]) == {"64"}
+    assert 0 <= result["tests"]["64"]["accuracy"] <= 1
+    base = sum(p.numel() for p in recall.build(recall.Run(), 144).parameters())
+    if not model.startswith("transformers:"):
+        assert abs(result["parameters"] - base) <= 64 * 3 * 2  # one unit of every MLP
+    assert result["memory_floats"] > 0
+
+
+def test_memory_is_counted_alike_here_and_in_transformers():
+    ours = recall.build(recall.Run(model="attention"), 144)
+    theirs = recall.build(recall.Run(model="transformers:LlamaForCausalLM"), 144)
+    assert recall.memory_floats(theirs, 50) == 2 * 2 * 50 * 64
+    assert 0 <= recall.memory_floats(ours, 50) - 2 * 2 * 50 * 64 <= 2  # and how many tokens it has seen
+
+
+@pytest.mark.parametrize("task", ["compression", "memorization", "selective-copying", "noisy-recall", "fuzzy-recall"])
+def test_every_task_trains(task):
+    run = recall.Run(task=task, seconds=None, steps=2, batch_size=2, eval_examples=4, train_examples=8)
+    assert recall.train(run, progress_bar=False)["steps"] == 2
+
+
+def test_a_memory_that_holds_everything_is_seen_to_hold_the_evidence():
+    run = recall.Run(fields={"eidetic_size": 64, "eidetic_chunk_size": 1}, eval_examples=8)
+    task = make_task("mqar", length=128)
+    result = recall.evaluate(recall.Learner(recall.build(run, task.num_tokens), task), task, run)
+    assert result["questions"] == 64
+    assert result["questions_beyond"] > 0
+    assert result["held"] > 0.4
+    nothing = recall.Run(fields={"eidetic_size": 1}, eval_examples=8)
+    result = recall.evaluate(recall.Learner(recall.build(nothing, task.num_tokens), task), task, nothing)
+    assert result["held"] < 0.2
+
+
+def test_training_on_one_pair_is_solved_and_repeats_itself(tmp_path):
+    run = recall.Run(
+        task_fields={"pairs": 1, "length": 8, "vocab_size": 8}, seconds=None, steps=80, lr=1e-2, eval_examples=64
+    )
+    first, second = (recall.train(run, progress_bar=False) for _ in range(2))
+    assert first["tests"]["8"]["accuracy"] > 0.9
+    assert first["tests"] == second["tests"]
+    recall.save(first, tmp_path / "a" / "b.json")
+    assert json.loads((tmp_path / "a" / "b.json").read_text())["tests"] == first["tests"]
+
+
+def test_a_suite_runs_what_is_missing_with_the_best_rate(tmp_path, monkeypatch):
+    made = []
+
+    def train(run, bar):
+        made.append((run.lr, run.seed))
+        return {"run": {"model": "m", "seed": run.seed, "lr": run.lr}, "steps": 1, "cpu_seconds": 0.0,
+                "tests": {"64": {"accuracy": 1 - abs(run.lr - 0.2)}}}  # fmt: skip
+
+    monkeypatch.setattr(recall, "train", train)
+    rows = {"row": {"lr": (0.1, 0.2, 0.3)}, "other": {"lr": 0.5}}
+    recall.run_suite({"row": rows["row"]}, tmp_path, [0, 1], False)
+    assert made == [(0.1, 0), (0.2, 0), (0.3, 0), (0.2, 1)]
+    recall.run_suite(rows, tmp_path, [0, 1, 2], False)
+    assert made[4:] == [(0.2, 2), (0.5, 0), (0.5, 1), (0.5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nothing"], "There is no model 'nothing'"),
+        (["--model", "transformers:Nothing"], "transformers has no class"),
+        (["--task-set", "pairs=40"], "40 pairs need"),
+        (["--set", "window"], "not of the form"),
+        (["--suite", "nothing"], "There is no suite"),
+        (["--suite", "sweep", "--only", "nothing"], "sweep has no row nothing; it has bmojo-m4"),
+        (["--parameters", "100"], "without any MLP"),
+    ],
+)
+def test_the_program_says_what_is_wrong(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recall.py", "--steps", "1", "--output", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit, match=message):
+        recall.main()
