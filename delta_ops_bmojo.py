@@ -194,8 +194,10 @@ def kalman_step(
     with no_autocast(q):
         if num_iter:
             system = _RidgeSystem(kk.square().sum((-1, -2)), ridge_strength, bp_lambda)
-            scaled = kk * system.scale[..., None]
-            solution = _solve(_product, system.centre, num_iter, q * system.scale, system.ridge, scaled)
+            # rows times matrices: on a CPU thrice as fast as matrices times columns
+            scaled = (kk * system.scale[..., None]).transpose(-1, -2).flatten(0, 1)
+            target, ridge = (x.flatten(0, 1)[:, None] for x in (q * system.scale, system.ridge))
+            solution = _solve(torch.bmm, system.centre, num_iter, target, ridge, scaled).view(q.shape)
             q = q + alpha[..., None] * (solution - q)
         return (q[..., None, :] @ state).squeeze(-2), state, kk
 
@@ -263,10 +265,6 @@ class _RidgeSystem:
         filled = (squared_norm > smallest)[..., None]
         self.scale = (2 * self.centre / norm.detach()).masked_fill(~filled, 0)
         self.ridge = ridge_strength * (norm if bp_lambda else norm.detach()) * self.scale
-
-
-def _product(x, matrix):
-    return (matrix @ x[..., None]).squeeze(-1)
 
 
 def _chunk_product(x, k, between, since_start, start):
@@ -370,7 +368,7 @@ def _run_blocks(compute, tokens, states, chunk_size: int, dtype):
         return compute(*(chunks[shared[id(x)]] for x in tokens), *inputs[count:])
 
     with no_autocast(tokens[0]):
-        for parts in zip(*(x.split(length, 1) for x in tokens), strict=True):
+        for parts in zip(*(x.split(length, 1) for x in tokens), strict=True) if seq_len else ():
             if bounded:
                 y, *states = checkpoint(run, *parts, *states, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -1629,7 +1629,7 @@ class BMojoModel(BMojoPreTrainedModel):
             state = None
             if cache is not None:
                 like = hidden_states  # what the mixer's input is like
-                if self.residual_in_fp32:
+                if self.residual_in_fp32 and like.dtype is not layer.input_layernorm.weight.dtype:
                     like = like[:, :0].to(layer.input_layernorm.weight.dtype)
                 state = cache.layer_state(layer_idx, self.layer_types[layer_idx], like)
                 if cache.is_recording_past():

@@ -19,21 +19,31 @@ from .write import Target, appearing, check_destination, write_json, write_weigh
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+MOST_LAYERS = 10_000
 NEUTRAL = (  # fields of ours that say nothing about the logits
     "initializer_range use_cache pad_token_id bos_token_id eos_token_id time_step_min time_step_max time_step_floor "
-    "innovation_loss_coef chunk_size"
+    "innovation_loss_coef chunk_size unpadded_vocab_size"
 )
-OF_ATTENTION = "num_attention_heads num_key_value_heads head_dim rope_parameters attention_bias use_qk_norm max_position_embeddings"
+OF_ATTENTION = (
+    "num_attention_heads num_key_value_heads head_dim rope_parameters attention_bias use_qk_norm max_position_embeddings "
+    "position_embedding_type rope_interleave softmax_scale key_multiplier attention_out_bias attention_conv_kernel"
+)
 OF_MLP = "hidden_act mlp_bias"
-OF_SSM = "state_size conv_kernel use_bias use_conv_bias time_step_limit mamba_hidden_act mixer_norm mixer_rms_eps"
+OF_SSM = "conv_kernel use_bias projectors_bias use_conv_bias mamba_hidden_act"
+OF_EITHER_MAMBA = "state_size time_step_limit mixer_norm mixer_rms_eps"
 OF_MAMBA = "expand time_step_rank mamba_intermediate_size"
 OF_MAMBA2 = (
     "mamba_num_heads mamba_num_key_value_heads mamba_head_dim n_groups mamba_use_pos_emb mamba_rms_norm "
     "mamba_norm_before_gate mamba_norm_eps mamba_d_mlp D_has_hdim"
 )
 OF_MEMORY = (
-    "ssm_type eidetic_size eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel fading_span "
-    "tie_attn_weights"
+    "eidetic_size eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel fading_span "
+    "tie_attn_weights fading_query"
+)
+OF_EIDETIC = "eidetic_chunk_size eidetic_position innovation_predictor innovation_kernel"
+OF_DELTA = (
+    "use_short_conv use_v_conv use_gate kv_proj_rank kv_learnable_residual allow_neg_eigval num_iter ridge_strength "
+    "bp_lambda use_alpha_connection use_beta_gate use_forgetting_gate use_forgetting_gate_kk gla_rescale"
 )
 
 
@@ -205,6 +215,9 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
     fields = read_json(folder / CONFIGURATION)
     if fields.get("quantization_config"):
         raise Refusal("config.json has a quantization_config: quantised weights are not converted.")
+    for name in ("num_hidden_layers", "n_layer"):  # before anything is made of them
+        if isinstance(fields.get(name), int) and fields[name] > MOST_LAYERS:
+            raise Refusal(f"config.json has {name} = {fields[name]}; no more than {MOST_LAYERS} are converted.")
     if fields.get("model_type") == OURS:
         say(f"{folder} is a B'MOJO folder.")
         config, stored = ours.read_config(fields), read_checkpoint(folder)
@@ -238,23 +251,25 @@ def drop_unused(stored: dict[str, Stretch], used: set[str], duplicates: dict, ig
     Raises:
         Refusal: one of them is not known to be superfluous, or differs from what it should repeat.
     """
-    unknown = []
+    unknown, reasons = [], {}
     for name in sorted(stored.keys() - used):
         reason = next((why for key, why in ignored.items() if name == key or re.fullmatch(key, name)), None)
         if name in duplicates:
             other = duplicates[name]
             if other not in stored or not equal(stored[name], stored[other]):
                 raise Refusal(f"{name} should repeat {other}, since the embeddings are tied, but differs from it.")
-            reason = f"it repeats {other}"
+            reason = f"repeats {other}"
         if reason is None:
             unknown.append(name)
         else:
-            say(f"Not used: {name} ({reason}).")
+            reasons.setdefault(reason, []).append(name)
             del stored[name]
     if unknown:
         raise Refusal(
             f"the checkpoint holds {len(unknown)} tensors that its config.json does not mean: {listed(unknown)}."
         )
+    for reason, names in reasons.items():
+        say(f"Not used ({reason}): {', '.join(names)}.")
 
 
 def equal(one: Stretch, other: Stretch) -> bool:
@@ -385,9 +400,13 @@ def check_special_case(form: Format, config, same) -> None:
         ("sliding_window", layers & {"sliding_attention", "bmojo"}),
         (OF_MLP, config.intermediate_size is not None),
         (OF_SSM, config.ssm_types),
+        (OF_EITHER_MAMBA, config.ssm_types & {"mamba", "mamba2"}),
         (OF_MAMBA, "mamba" in config.ssm_types),
         (OF_MAMBA2, "mamba2" in config.ssm_types),
+        ("ssm_type", layers & {"bmojo", "hybrid"}),
         (OF_MEMORY, "bmojo" in layers),
+        (OF_EIDETIC, "bmojo" in layers and config.eidetic_size),
+        (OF_DELTA, config.ssm_types & {"gated_deltanet", "gated_kalmanet"}),
     ):
         unread += [] if is_read else names.split()
     for name in type(config).__annotations__:

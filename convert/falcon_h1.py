@@ -68,7 +68,9 @@ class FalconH1(Format):
         low, high = found.time_step_limit
         fields = {name: getattr(found, name) for name in SAME.split()}
         fields |= {name: float(getattr(found, name)) for name in FACTORS.split()}
-        fields |= {name: [float(factor) for factor in getattr(found, name)] for name in LISTS}
+        for name in LISTS:
+            factors = [float(factor) for factor in getattr(found, name)]
+            fields[name] = None if set(factors) == {1.0} else factors
         fields |= {ours: getattr(found, name) for name, ours in RENAMED.items()}
         return fields | {
             "layers_block_type": ["hybrid"] * found.num_hidden_layers,

@@ -394,6 +394,8 @@ class HMF(Format):
         }
         fields = GDN if ssm_type == "gated_deltanet" else GKA
         block = {name: other[name] if name in other else getattr(config, name) for name in fields}
+        if ssm_type == "gated_kalmanet":
+            block["chunk_size"] = 64  # their default; of their kernels' speed alone
         return block | {name: getattr(config, source) for name, source in COPIES.items()}
 
     # -- tensors -------------------------------------------------------------------------------------------------------

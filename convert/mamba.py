@@ -8,7 +8,7 @@ from .core import Format, Piece, Refusal
 
 SAME = (
     "vocab_size hidden_size num_hidden_layers state_size conv_kernel expand use_bias use_conv_bias time_step_min "
-    "time_step_max time_step_floor initializer_range tie_word_embeddings use_cache"
+    "time_step_max time_step_floor initializer_range tie_word_embeddings use_cache residual_in_fp32"
 )
 LEFT_OVER = (  # of the native checkpoints that published ones were made from; transformers' classes read none of them
     "d_model d_inner n_layer ssm_cfg attn_layer_idx attn_cfg d_intermediate rms_norm norm_before_gate fused_add_norm "
@@ -29,7 +29,7 @@ class Mixers(Format):
         return (self.name,)
 
     def read(self, config: dict):
-        used = f"{SAME} layer_norm_epsilon hidden_act residual_in_fp32 {self.own}"
+        used = f"{SAME} layer_norm_epsilon hidden_act {self.own}"
         return theirs.read(config, self.name, used, f"rescale_prenorm_residual {LEFT_OVER} {self.neutral}")
 
     def to_bmojo(self, config):
@@ -38,7 +38,6 @@ class Mixers(Format):
             "intermediate_size": None,
             "mamba_hidden_act": found.hidden_act,
             "rms_norm_eps": found.layer_norm_epsilon,
-            "residual_in_fp32": found.residual_in_fp32,
             "layers_block_type": [self.layer_type] * found.num_hidden_layers,
             **theirs.special_tokens(found),
         }
@@ -53,7 +52,6 @@ class Mixers(Format):
             raise Refusal(f"intermediate_size is {config.intermediate_size}: layers of {self.name} have no MLP.")
         fields = {name: getattr(config, name) for name in SAME.split()}
         fields |= {"layer_norm_epsilon": config.rms_norm_eps, "hidden_act": config.mamba_hidden_act}
-        fields |= {"residual_in_fp32": config.residual_in_fp32}
         fields |= theirs.special_tokens(config)
         return theirs.write(self.name, self.architecture, fields | self.export_own(config))
 

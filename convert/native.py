@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .core import Format, Piece, Refusal
+from .read import read_checkpoint
 
 
 EPSILON = 1e-5  # of every norm; fixed in the original's code
@@ -470,6 +471,40 @@ class Native(Format):
 
     def duplicates(self, config):
         return {"lm_head.weight": "backbone.embedding.weight"} if read(config).tie_embeddings else {}
+
+    def original(self, config, folder):
+        """Transformers' port, which has one name of another spelling, where the model is one that it was made for."""
+        from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+        found = read(config)
+        ssm = found.ssm
+        odd = found.attention is not None or found.mlp or not found.rms_norm or type(ssm.expand) is not int
+        if odd or (ssm.kind == "mamba2" and (ssm.branch or ssm.D_has_hdim or ssm.norm_before_gate or not ssm.rmsnorm)):
+            raise Refusal("transformers has no implementation of this model to compare with.")
+        fields = {
+            "vocab_size": found.vocab,
+            "hidden_size": found.d_model,
+            "num_hidden_layers": found.n_layer,
+            "state_size": ssm.d_state,
+            "conv_kernel": ssm.d_conv,
+            "expand": ssm.expand,
+            "use_bias": ssm.bias,
+            "use_conv_bias": ssm.conv_bias,
+            "tie_word_embeddings": found.tie_embeddings,
+            "residual_in_fp32": found.residual_in_fp32,
+            "layer_norm_epsilon": EPSILON,
+            "pad_token_id": None,
+        }
+        if ssm.kind == "mamba":
+            model = MambaForCausalLM(MambaConfig(**fields, time_step_rank=ssm.rank))
+        else:
+            own = {"head_dim": ssm.headdim, "num_heads": ssm.heads, "n_groups": ssm.ngroups}
+            model = Mamba2ForCausalLM(Mamba2Config(**fields, **own, time_step_limit=tuple(ssm.dt_limit)))
+        stored = read_checkpoint(folder)
+        names = {name: name.replace("backbone.embedding.", "backbone.embeddings.") for name in self.shapes(config)}
+        weights = {new: stored[name].whole().float() for name, new in names.items()}
+        model.load_state_dict(weights, strict=not found.tie_embeddings)  # tied, lm_head.weight is the embedding
+        return model
 
     def ignored(self, config):
         table = r"backbone\.layers\.\d+\.mixer\.rotary_emb\.inv_freq"

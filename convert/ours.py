@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .core import Refusal
+from .theirs import NEUTRAL
 
 
 ROOT = Path(__file__).resolve().parent.parent  # this repository, itself a model folder
@@ -36,9 +37,18 @@ def make_config(fields: dict):
 
 
 def read_config(fields: dict):
-    """The BMojoConfig of our own config.json."""
-    own = {name: value for name, value in fields.items() if name not in ("model_type", "auto_map", "architectures")}
+    """The BMojoConfig of our own config.json.
+
+    Raises:
+        Refusal: it has a field that is not known, or is no valid configuration.
+    """
     config_class = load_class("configuration_bmojo.BMojoConfig")
+    unknown = sorted(fields.keys() - config_class.__annotations__.keys() - NEUTRAL - {"auto_map"})
+    if unknown:
+        raise Refusal(
+            f"config.json has {unknown[0]} = {fields[unknown[0]]!r}, which this version of B'MOJO does not know."
+        )
+    own = {name: value for name, value in fields.items() if name in config_class.__annotations__}
     return make_config(config_class._decode_special_floats(own))
 
 

@@ -11,7 +11,7 @@ original's. On a longer one they equal those of the original with sliding-window
 no eidetic memory is kept; what these two add is for training to use.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -73,6 +73,7 @@ def prime(
             "mixer_norm": "learned" if config.use_qk_norm else None,
             "mixer_rms_eps": config.rms_norm_eps,
             "use_bias": config.attention_bias,
+            "projectors_bias": config.attention_out_bias,
         }
     )
     found = dict(tensors)
@@ -105,45 +106,55 @@ def fading(config, tensors: dict[str, Stretch], layer: int) -> dict[str, Stretch
     """The SSM of a primed layer, by name."""
     at = f"model.layers.{layer}.mixer."
     query, key, value, output = (tensors[f"{at}{name}_proj.weight"] for name in "qkvo")
-    dtype, heads, keys = value.dtype, config.num_attention_heads, config.num_key_value_heads
-    convolved = config.head_dim * (heads + 2 * keys)
-    filter_shape = (convolved, 1, config.conv_kernel)
+    heads, keys, depth, size = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.hidden_size,
+    )
+    inner, convolved, taps = heads * depth, depth * (heads + 2 * keys), config.conv_kernel
 
-    def repeated(projection: Stretch) -> torch.Tensor:
-        """Rows of every key-value head for each query head that reads it."""
-        heads_of = projection.whole().unflatten(0, (keys, config.head_dim))
-        return heads_of.repeat_interleave(heads // keys, 0).flatten(0, 1)
+    def make(shape: tuple[int, ...], blocks: Callable[[], Iterable[torch.Tensor]], dtype=value.dtype) -> Computed:
+        return Computed(shape, dtype, blocks)
 
-    def current_tap() -> torch.Tensor:
-        taps = torch.zeros(filter_shape)
-        taps[..., -1] = 1
-        return taps
+    def gate() -> Iterator[torch.Tensor]:
+        """Head by head the mean of o_proj's columns, transposed, and of the rows of v_proj that the head reads."""
+        columns, values = output.whole().view(size, heads, depth), value.whole().view(keys, depth, size)
+        for head in range(heads):
+            yield (widen(columns[:, head].T) + widen(values[head // (heads // keys)])) / 2
 
-    def make(shape, how: Callable[[], torch.Tensor], dtype=dtype) -> Computed:
-        return Computed(shape, dtype, how)
+    def gate_bias() -> Iterator[torch.Tensor]:
+        yield tensors[f"{at}v_proj.bias"].whole().view(keys, depth).repeat_interleave(heads // keys, 0) / 2
 
-    inner, size, std = query.shape[0], config.hidden_size, config.initializer_range
-    seed = torch.Generator().manual_seed(layer)
-    gate = make((inner, size), lambda: (output.whole().T.double() + repeated(value).double()) / 2)
-    noise = make((heads, size), lambda: torch.randn(heads, size, generator=seed.manual_seed(layer)) * std)
+    def time_steps() -> Iterator[torch.Tensor]:
+        yield torch.randn(heads, size, generator=torch.Generator().manual_seed(layer)) * config.initializer_range
+
+    def current_tap() -> Iterator[torch.Tensor]:
+        yield torch.eye(taps)[-1].expand(convolved, taps)
+
     made = {
-        "in_proj.weight": stack(gate, value, key, query, noise),
-        "conv1d.weight": make(filter_shape, current_tap),
-        "norm.weight": make((inner,), lambda: torch.ones(inner)),
+        "in_proj.weight": stack(make((inner, size), gate), value, key, query, make((heads, size), time_steps)),
+        "conv1d.weight": make((convolved, 1, taps), current_tap),
+        "norm.weight": make((inner,), lambda: [torch.ones(inner)]),
         "out_proj.weight": output,
     }
     if config.use_conv_bias:
-        made["conv1d.bias"] = make((convolved,), lambda: torch.zeros(convolved))
+        made["conv1d.bias"] = make((convolved,), lambda: [torch.zeros(convolved)])
     if config.use_bias:
-        biases = [tensors[f"{at}{name}_proj.bias"] for name in "vkq"]
-        gate_bias = make((inner,), lambda: repeated(biases[0]) / 2)
-        made["in_proj.bias"] = stack(gate_bias, *biases, make((heads,), lambda: torch.zeros(heads)))
+        copied = [tensors[f"{at}{name}_proj.bias"] for name in "vkq"]
+        made["in_proj.bias"] = stack(make((inner,), gate_bias), *copied, make((heads,), lambda: [torch.zeros(heads)]))
+    if config.projectors_bias:
         made["out_proj.bias"] = tensors[f"{at}o_proj.bias"]
     if config.use_qk_norm:
         made |= {"B_norm.weight": tensors[f"{at}k_norm.weight"], "C_norm.weight": tensors[f"{at}q_norm.weight"]}
     for name, tensor in dynamics(config, layer).items():
-        made[f"dynamics.{name}"] = make(tuple(tensor.shape), lambda tensor=tensor: tensor, torch.float32)
+        made[f"dynamics.{name}"] = make(tuple(tensor.shape), lambda tensor=tensor: [tensor], torch.float32)
     return {f"{at}fading.{name}": tensor for name, tensor in made.items()}
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """In float32, or as it is where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def stack(*parts: Stretch) -> Assembled:

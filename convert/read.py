@@ -13,6 +13,7 @@ from .core import Refusal
 from .tensors import CHUNK, Stretch
 
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts; or NAME.index.json, of shards
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHER_SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # in bytes
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
@@ -166,36 +167,38 @@ def read_header(path: Path) -> dict[str, InFile]:
     return found
 
 
+def shards(index: Path) -> dict[str, str]:
+    """An index's map: name of a tensor to that of the file beside it that holds it.
+
+    Raises:
+        Refusal: the index is malformed or points elsewhere.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Refusal(f"{index} has no weight_map.")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith((".safetensors", ".bin")):
+            raise Refusal(f"{index} names {file!r}, which is no weight file beside it.")
+    return weight_map
+
+
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of a folder that hold its weights, safetensors before pickles, and the index's map from name to file.
 
     Raises:
         Refusal: there are none, or the index is malformed or names files that are missing.
     """
-    for name in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):
-        path = folder / name
-        if not path.is_file():
-            continue
-        if not name.endswith(".json"):
+    for name in WEIGHTS:
+        path, index = folder / name, folder / f"{name}.index.json"
+        if path.is_file():
             return [path], {}
-        weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise Refusal(f"{path} has no weight_map.")
-        for file in weight_map.values():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith((".safetensors", ".bin")):
-                raise Refusal(f"{path} names {file!r}, which is no weight file beside it.")
-        missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
-        if missing:
-            raise Refusal(f"{path} names shards that are missing: {', '.join(missing)}. Download them again.")
-        return [folder / file for file in sorted(set(weight_map.values()))], weight_map
-    raise Refusal(
-        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards of one."
-    )
+        if index.is_file():
+            weight_map = shards(index)
+            missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+            if missing:
+                raise Refusal(f"{index} names shards that are missing: {', '.join(missing)}. Download them again.")
+            return [folder / file for file in sorted(set(weight_map.values()))], weight_map
+    raise Refusal(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS)}, nor an index of shards of one.")
 
 
 def read_checkpoint(folder: Path) -> dict[str, Stretch]:

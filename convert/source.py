@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from .core import Refusal
-from .read import read_json
+from .read import WEIGHTS, read_json, shards
 
 
 TOKENIZER = (  # file names, * for anything
@@ -23,8 +23,7 @@ TOKENIZER = (  # file names, * for anything
 )
 ALONG = ("generation_config.json", "LICENSE*", "NOTICE*", *TOKENIZER)
 CONFIGURATION = "config.json"
-SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+INDICES = tuple(f"{name}.index.json" for name in WEIGHTS)
 
 
 def locate(source: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -48,13 +47,18 @@ def fetch(repository: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    def download(*patterns):
+    def download(*patterns: str) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[*patterns]))
 
     try:
-        folder = download(CONFIGURATION, *ALONG, *(SAFETENSORS if weights else ()))
-        if weights and not any(folder.glob(pattern) for pattern in SAFETENSORS if any(folder.glob(pattern))):
-            folder = download(CONFIGURATION, *ALONG, *PICKLES)
+        folder = download(CONFIGURATION, *ALONG, *(INDICES if weights else ()))
+        revision = folder.name  # the commit, whatever the branch does meanwhile
+        for single, index in zip(WEIGHTS, INDICES, strict=True) if weights else ():
+            folder = download(single)
+            if not (folder / single).is_file() and (folder / index).is_file():
+                folder = download(*sorted(set(shards(folder / index).values())))
+            if (folder / single).is_file() or (folder / index).is_file():
+                break
     except HFValidationError as error:
         raise Refusal(f"there is no folder {repository}, and it cannot be a repository of the Hub: {error}") from error
     except RepositoryNotFoundError as error:

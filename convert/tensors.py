@@ -4,14 +4,14 @@ All of them are seen as flat sequences of elements in row-major order, so rows o
 one after the other, are stretches again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
 
-CHUNK = 1 << 22  # elements that are in memory at once
+CHUNK = 1 << 20  # elements that are in memory at once
 
 
 class Stretch:
@@ -61,14 +61,17 @@ class Assembled(Stretch):
 
 @dataclass
 class Computed(Stretch):
-    """A tensor that `make` returns; made anew whenever it is read."""
+    """A tensor that `make` returns in blocks, one after the other when flattened; made anew whenever it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    make: Callable[[], Iterable[torch.Tensor]]
 
     def read(self, begin, end):
-        made = self.make()
-        if made.shape != self.shape:
-            raise ValueError(f"a tensor of shape {self.shape} was announced, {tuple(made.shape)} was made.")
-        yield made.to(self.dtype).reshape(-1)[begin:end]
+        at = 0
+        for block in self.make():
+            if at < end and begin < at + block.numel():
+                yield block.to(self.dtype).reshape(-1)[max(begin - at, 0) : end - at]
+            at += block.numel()
+        if at != self.numel:
+            raise ValueError(f"a tensor of shape {self.shape} was announced, {at} elements were made.")

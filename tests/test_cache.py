@@ -42,6 +42,10 @@ SIZES = {  # every layer type, and every choice that adds or drops a tensor
     },
     "mamba": ONE_LAYER | {"layers_block_type": ["mamba"], "conv_kernel": 2},
     "mamba-wide": ONE_LAYER | {"layers_block_type": ["mamba"], "mamba_intermediate_size": 31, "mixer_norm": "learned"},
+    "deltanet": ONE_LAYER | {"layers_block_type": ["gated_deltanet"]},
+    "deltanet-without-conv": {"ssm_type": "gated_deltanet", "use_short_conv": False},
+    "kalmanet": ONE_LAYER | {"layers_block_type": ["gated_kalmanet"], "num_key_value_heads": 1},
+    "kalmanet-without-v-conv": {"ssm_type": "gated_kalmanet", "use_v_conv": False, "conv_kernel": 2},
     "sliding_attention": ONE_LAYER | {"layers_block_type": ["sliding_attention"]},
     "full_attention": ONE_LAYER | {"layers_block_type": ["full_attention"]},
     "hybrid": ONE_LAYER | {"layers_block_type": ["hybrid"], "ssm_type": "mamba"},
@@ -56,6 +60,10 @@ STREAMED = {  # what rows, rollback and storage are tried on
     "mixed": MIXED,
     "state-expansion": {
         "mamba_num_key_value_heads": 3, "n_groups": 6, "state_size": 6, "mixer_norm": "learned", "mamba_use_pos_emb": True,
+    },
+    "deltas": {
+        "layers_block_type": ["gated_deltanet", "bmojo"], "ssm_type": "gated_kalmanet", "tie_attn_weights": False,
+        "fading_query": True,
     },
 }  # fmt: skip
 
@@ -128,7 +136,12 @@ def bytes_by_formula(config, rows: int, dtype: torch.dtype, columns: int) -> int
     convolved = heads * head_dim + 2 * config.n_groups * n
     if grouped := config.mamba_num_key_value_heads:
         convolved = grouped * (head_dim + n) + config.n_groups * n
+    attention_heads, depth = config.num_attention_heads, config.head_dim
+    taken = attention_heads + (2 if config.use_v_conv else 1) * config.num_key_value_heads
+    history = (config.conv_kernel - 1) * taken * depth * s if config.use_short_conv else 0
     sizes = {
+        "gated_deltanet": history + attention_heads * depth**2 * wide,
+        "gated_kalmanet": history + 2 * attention_heads * depth**2 * wide,
         "mamba2": (config.conv_kernel - 1) * convolved * s + heads * head_dim * n * wide,
         "mamba": (config.conv_kernel - 1) * channels * s + channels * n * wide,
         "sliding_attention": 2 * kv * s * w,

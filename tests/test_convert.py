@@ -123,6 +123,38 @@ print(json.dumps({"logits": model(ids).logits[0, -1].tolist(), "text": text, "ty
         assert loaded["logits"] == pytest.approx(llama(IDS).logits[0, -1].tolist(), rel=1e-4, abs=1e-6)
 
 
+def test_shards_and_pickles_from_the_hub_and_from_its_cache(source, tmp_path):
+    want = silently(source, tmp_path / "want")
+    weights, half = load_file(source / "model.safetensors"), 9
+    shards = {"first.safetensors": sorted(weights)[:half], "second.safetensors": sorted(weights)[half:]}
+    with FakeHub() as hub:
+        (source / "model.safetensors").unlink()
+        torch.save(weights, source / "pytorch_model.bin")
+        hub.publish("acme/pickled", source)
+        for file, names in shards.items():  # beside the pickle, which then is not asked for
+            save_file({name: weights[name] for name in names}, source / file)
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        hub.publish("acme/sharded", source)
+        code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from huggingface_hub import constants
+from convert import convert
+for name in ("pickled", "sharded"):
+    convert("acme/" + name, name, progress=False, say=lambda line: None)
+constants.HF_HUB_OFFLINE = True
+convert("acme/pickled", "offline", progress=False, say=lambda line: None)
+print("{{}}")
+"""
+        run_python(code, home=tmp_path / "home", cwd=tmp_path, HF_ENDPOINT=hub.url)
+        asked = [path for _, path, _ in hub.requests]
+    assert any("pickled/resolve" in path and path.endswith("pytorch_model.bin") for path in asked)
+    assert not any("sharded/resolve" in path and path.endswith("pytorch_model.bin") for path in asked)
+    for name in ("pickled", "sharded", "offline"):
+        assert (tmp_path / name / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
+
+
 def test_module_form_of_the_command(source, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "convert", "--help"],
@@ -250,8 +282,8 @@ def test_tied_embeddings_that_are_stored_twice(source, tmp_path, capsys):
     save_file(weights, source / "model.safetensors")
     result = convert(source, tmp_path / "result", progress=False)
     told = capsys.readouterr().out
-    assert "Not used: lm_head.weight (it repeats model.embed_tokens.weight)" in told
-    assert "Not used: model.layers.1.self_attn.rotary_emb.inv_freq" in told
+    assert "Not used (repeats model.embed_tokens.weight): lm_head.weight." in told
+    assert "Not used (a table that follows from rope_theta): model.layers.1.self_attn.rotary_emb.inv_freq." in told
     assert "lm_head.weight" not in load_file(result / "model.safetensors")
     weights["lm_head.weight"][7, 3] += 1
     save_file(weights, source / "model.safetensors")
@@ -353,8 +385,8 @@ def damage(folder: Path, how: str):
         (folder / "config.json").write_text('{"model_type": "lla')
     elif how == "unknown format":
         edit(folder, model_type="gpt2")
-    elif how == "ours already":
-        edit(folder, model_type="bmojo")
+    elif how == "too many layers":
+        edit(folder, num_hidden_layers=10**9)
     elif how == "missing shard":
         weight_map = dict.fromkeys(load_file(weights), "model-00001-of-00001.safetensors")
         weights.unlink()
@@ -383,6 +415,7 @@ DAMAGES = [
     ("config is a list", "not a JSON object"),
     ("config is cut", "no valid JSON"),
     ("unknown format", "model_type 'gpt2'. Known are llama, mistral, qwen3, mamba"),
+    ("too many layers", "num_hidden_layers = 1000000000"),
     ("missing shard", "missing: model-00001-of-00001.safetensors"),
     ("escaping index", "no weight file beside it"),
 ]
@@ -579,10 +612,20 @@ def test_export_of_our_own_model_verifies(tiny_model, tmp_path, capsys):
         assert torch.allclose(theirs(IDS).logits, logits(tmp_path / "source"), atol=1e-5)
 
 
-def test_a_folder_of_ours_needs_a_wish(tiny_model, tmp_path):
+def test_a_folder_of_ours_needs_a_wish_and_known_fields(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path / "source")
     with pytest.raises(Refusal, match="already"):
         silently(tmp_path / "source", tmp_path / "result")
+    edit(tmp_path / "source", eidetic_shape="round")
+    with pytest.raises(Refusal, match="eidetic_shape = 'round'"):
+        silently(tmp_path / "source", tmp_path / "result", export="llama")
+
+
+def test_from_one_foreign_format_to_another(source, llama, tmp_path):
+    """What is a special case of both: a Llama is a Mistral without a window."""
+    result = silently(source, tmp_path / "result", export="mistral", verify=True)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(result)(IDS).logits, llama(IDS).logits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -594,7 +637,7 @@ def test_a_folder_of_ours_needs_a_wish(tiny_model, tmp_path):
 @given(st.data())
 def test_stretches_of_pieces_are_those_of_the_whole(data):
     stored = {name: torch.randn(rows, 2, 3) for name, rows in (("a", 4), ("b", 6))}
-    tensors = {name: Computed(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in stored.items()}
+    tensors = {name: Computed(tuple(t.shape), t.dtype, lambda t=t: t.split(3)) for name, t in stored.items()}
     pieces = []
     for _ in range(data.draw(st.integers(1, 4))):
         name = data.draw(st.sampled_from("ab"))

@@ -393,6 +393,18 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
         {"mamba_use_pos_emb": True, "layers_block_type": ["mamba2"] * 2, "head_dim": 5, "state_size": 5},
         "head_dim is 5; rotary embeddings need an even number",
     ),
+    ({"num_iter": -1}, "num_iter is -1; it must be 0 .queries as they are. or more"),
+    ({"ridge_strength": 0.0}, "ridge_strength is 0.0; it must be positive and finite"),
+    ({"kv_proj_rank": 0}, "kv_proj_rank is 0; it must be None or at least 1"),
+    ({"kv_learnable_residual": True}, "kv_learnable_residual=True needs a kv_proj_rank; it is None"),
+    (
+        {"fading_query": True},
+        "fading_query=True .* needs tie_attn_weights=False and fading_span=True; they are True and",
+    ),
+    (
+        {"layers_block_type": ["gated_deltanet"] * 2, "num_key_value_heads": 3},
+        "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+    ),
     ({"fading_span": False}, "innovation_predictor 'average' with fading_span=False: .* Set fading_span=True"),
     ({"fading_span": False, "innovation_predictor": "learnable"}, "innovation_predictor 'learnable' with fading_span"),
     ({"fading_span": False, "eidetic_size": 0}, "leave a bmojo layer only its window; use 'sliding_attention'"),
@@ -446,6 +458,7 @@ def test_heads_that_do_not_divide(tiny_config):
         {"layers_block_type": ["mamba", "full_attention"], "position_embedding_type": "nope", "head_dim": 7},
         {"layers_block_type": ["mamba"] * 2, "hidden_size": 10, "num_attention_heads": 2, "head_dim": None},
         {"layers_block_type": ["mamba", "mamba2"], "hidden_size": 14, "num_attention_heads": 2, "head_dim": None},
+        {"layers_block_type": ["gated_deltanet", "gated_kalmanet"], "kv_proj_rank": 2, "num_iter": 0},
     ],
     ids=named,
 )

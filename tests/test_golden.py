@@ -15,6 +15,7 @@ from bmojo.modeling_bmojo import BMojoForCausalLM
 
 
 CASES = ["llama", "llama_opt", "mistral", "qwen3", "qwen3_opt", "mamba", "mamba_opt", "mamba2", "mamba2_opt"]
+CASES += ["falcon_h1", "falcon_h1_gnorm"]
 
 
 def silently(source, destination, **options):

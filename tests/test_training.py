@@ -37,10 +37,21 @@ EVERYTHING = {  # every kind of layer and of parameter
     "innovation_predictor": "learnable",
     "innovation_loss_coef": 0.5,
 }
+DELTAS = {
+    "num_hidden_layers": 3,
+    "layers_block_type": ["gated_kalmanet", "gated_deltanet", "bmojo"],
+    "ssm_type": "gated_kalmanet",
+    "tie_attn_weights": False,
+    "fading_query": True,
+    "use_qk_norm": True,
+    "kv_proj_rank": 3,
+    "kv_learnable_residual": True,
+}
 VARIANTS = [
     pytest.param({}, id="mamba2"),
     pytest.param({"ssm_type": "mamba"}, id="mamba"),
     pytest.param(EVERYTHING, id="every-layer"),
+    pytest.param(DELTAS, id="deltas"),
 ]
 FLOAT32 = 1e-6  # relative; transformers takes every loss in float32
 LENGTHS = [23, 9, 1, 14]  # of the rows of a ragged batch: several windows (5) and chunks (3), and a single token
@@ -464,9 +475,11 @@ def test_parameter_groups_of_a_peft_model(tiny_model):
     assert len([name for name in spared if name.endswith("A_log")]) == 4  # of bmojo, mamba, mamba2, bmojo
 
 
-@pytest.mark.parametrize("ssm_type", ["mamba", "mamba2"])
+@pytest.mark.parametrize("ssm_type", ["mamba", "mamba2", "gated_deltanet", "gated_kalmanet"])
 def test_initial_weights_are_the_documented_ones(tiny_model, ssm_type):
+    many = {} if "mamba" in ssm_type else {"num_attention_heads": 192, "num_key_value_heads": 96, "head_dim": 2}
     model = tiny_model(
+        **many,
         **EVERYTHING | {"num_hidden_layers": 2, "layers_block_type": ["bmojo", ssm_type]},
         ssm_type=ssm_type,
         hidden_size=96,
@@ -480,7 +493,7 @@ def test_initial_weights_are_the_documented_ones(tiny_model, ssm_type):
         owner = model.get_submodule(name.rpartition(".")[0])
         if name.endswith("dt_bias"):
             rates.append(F.softplus(parameter.detach()))
-        elif name.endswith("A_log") and ssm_type == "mamba2":
+        elif name.endswith("A_log") and ssm_type != "mamba":
             rate = parameter.exp()
             assert 1 <= rate.min() < 2.5
             assert 14.5 < rate.max() <= 16
