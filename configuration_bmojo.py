@@ -73,8 +73,8 @@ class BMojoConfig(PreTrainedConfig):
         ssm_multipliers (`list[float]`, *optional*): factors on the parts z, x, B, C, dt of `mamba2`'s input projection.
         projectors_bias (`bool`, *optional*): bias of the SSM's output projection; where None `use_bias`, which is that of its
             input projection, too.
-        ssm_type (`str`): the fading memory of a `bmojo` layer, and the SSM of a `hybrid` one: `"mamba2"` (SSD, a scalar decay per head), `"mamba"` (S6,
-            a decay per channel and state), `"gated_deltanet"` (arXiv 2412.06464) or `"gated_kalmanet"` (the authors'
+        ssm_type (`str`): the fading memory of a `bmojo` layer, and the SSM of a `hybrid` one: `"mamba2"` (SSD, a scalar decay
+            per head), `"mamba"` (S6, a decay per channel and state), `"gated_deltanet"` (arXiv 2412.06464) or `"gated_kalmanet"` (the authors'
             ridge regression on the past). The last two have the heads of attention, a state of head_dim x head_dim for each
             of them (GKA: two), and share with Mamba `conv_kernel`, `use_conv_bias`, `use_bias` and `chunk_size`.
         state_size (`int`, *optional*): SSM state per channel; 64 for `mamba2`, 16 for `mamba` where None. A list of layers

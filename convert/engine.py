@@ -52,7 +52,6 @@ class Source:
     """A source as a model of ours.
 
     Attributes:
-        name: what it was recognised as.
         folder: where it is.
         fields: its config.json.
         form: its format; None where it is a folder of ours.
@@ -61,7 +60,6 @@ class Source:
         dynamics: names of its own tensors that A_log, D and dt_bias of ours are made of.
     """
 
-    name: str
     folder: Path
     fields: dict
     form: Format | None
@@ -225,7 +223,7 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
         drop_unused(stored, set(stored) - set(tied), tied, {}, say)
         check_floating(stored)
         check_tensors(stored, ours.wanted(config))
-        return Source("bmojo", folder, fields, None, config, stored, {n for n in stored if ours.is_dynamics(n)})
+        return Source(folder, fields, None, config, stored, {n for n in stored if ours.is_dynamics(n)})
     form = recognise(fields, folder)
     say(f"{folder} is {form.name}.")
     config = ours.make_config(form.to_bmojo(fields))
@@ -242,7 +240,7 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
     check_names(mapping, wanted)
     tensors = {name: join(pieces, stored, wanted[name]) for name, pieces in mapping.items()}
     dynamics = {piece.name for name, pieces in mapping.items() if ours.is_dynamics(name) for piece in pieces}
-    return Source(form.name, folder, fields, form, config, {name: tensors[name] for name in wanted}, dynamics)
+    return Source(folder, fields, form, config, {name: tensors[name] for name in wanted}, dynamics)
 
 
 def drop_unused(stored: dict[str, Stretch], used: set[str], duplicates: dict, ignored: dict, say: Callable) -> None:

@@ -123,10 +123,9 @@ def read_block(config: dict, name: str, fields: dict, copies: dict) -> SimpleNam
                 f"{name}.{key} is {json.dumps(value)[:200]}, which this converter does not know: it could change the logits."
             )
     nested = block.get("ssm_cfg") if name == "mamba2_config" else None
-    nested = {} if nested is None else nested
-    if not isinstance(nested, dict):
+    if nested is not None and not isinstance(nested, dict):
         raise Refusal(f"{name}.ssm_cfg is {json.dumps(nested)[:200]}; it must be a group of fields.")
-    for key, value in nested.items():
+    for key, value in (nested or {}).items():
         if key not in ("expand", "ngroups", "d_state") and value is not None:
             raise Refusal(f"{name}.ssm_cfg.{key} is {json.dumps(value)[:200]}: its effect is not known.")
     found = {key: check_type(name, key, block.get(key), *expected) for key, expected in fields.items()}

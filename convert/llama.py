@@ -26,7 +26,7 @@ def rope(parameters: dict) -> dict:
     """
     found = {key: value for key, value in parameters.items() if key != "type"}
     kind = found.get("rope_type")
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         why = (
             "its frequencies change with the length of the text"
             if kind in ("dynamic", "longrope")

@@ -118,6 +118,12 @@ class Mamba(Mixers):
     own = "time_step_rank intermediate_size"
     neutral = "time_step_scale time_step_init_scheme use_mambapy use_associative_scan"
 
+    def read(self, config):
+        found = super().read(config)
+        if not isinstance(found.intermediate_size, int):
+            raise Refusal(f"intermediate_size is {found.intermediate_size!r}; it must be a whole number.")
+        return found
+
     def to_bmojo(self, config):
         found = self.read(config)
         inner = None if found.intermediate_size == found.expand * found.hidden_size else found.intermediate_size
@@ -142,6 +148,8 @@ class Mamba2(Mixers):
 
     def read(self, config):
         found = super().read(config)
+        if len(found.time_step_limit) != 2:
+            raise Refusal(f"time_step_limit is {found.time_step_limit}; it must be two numbers.")
         if found.num_heads % found.n_groups:
             raise Refusal(f"num_heads {found.num_heads} is not a multiple of n_groups {found.n_groups}.")
         return found

@@ -17,6 +17,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHER_SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # in bytes
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+MAPPED = 1 << 27  # bytes of a pickle that are read before it is mapped anew
 SAFE_TORCH = (2, 6)  # below, weights_only=True can run code: CVE-2025-32434
 
 
@@ -73,19 +74,27 @@ class InPickle(Stretch):
 
     def read(self, begin, end):
         tensor = self.files.load(self.path)[self.name]
-        if tensor.is_contiguous():
-            flat = tensor.view(-1)
-        else:
-            flat = tensor.reshape(-1)
+        if not tensor.is_contiguous():
+            yield from tensor.reshape(-1)[begin:end].split(CHUNK)
+            return
+        size = tensor.itemsize
         for start in range(begin, end, CHUNK):
-            yield flat[start : min(start + CHUNK, end)]
+            tensor = self.files.load(self.path)[self.name]
+            yield tensor.view(-1)[start : min(start + CHUNK, end)]
+            self.files.count(CHUNK * size)
 
 
 class PickledFiles:
-    """Loads .bin files safely, one at a time."""
+    """Loads .bin files safely, one at a time, and anew now and then: pages of a mapped file otherwise stay in memory."""
 
     def __init__(self):
-        self._path, self._tensors = None, {}
+        self._path, self._tensors, self._read = None, {}, 0
+
+    def count(self, size: int) -> None:
+        """So many bytes were read."""
+        self._read += size
+        if self._read > MAPPED:
+            self._path, self._tensors, self._read = None, {}, 0
 
     def load(self, path: Path) -> dict[str, torch.Tensor]:
         """Name and tensor of everything in the file.

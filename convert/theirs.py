@@ -25,6 +25,12 @@ MUST_BE = {  # where they are given; anything else is another architecture or an
     "prefix": (None,),
     "finetuning_task": (None,),
 }
+COUNTS = {  # at least 1 wherever they are given
+    *"vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim".split(),
+    *"state_size conv_kernel expand n_groups num_heads time_step_rank chunk_size attn_layer_period".split(),
+    *"expert_layer_period mamba_expand mamba_d_conv mamba_d_state mamba_d_head mamba_d_ssm mamba_n_heads".split(),
+    *"mamba_n_groups mamba_chunk_size".split(),
+}
 
 
 def read(config: dict, model_type: str, used: str, neutral: str = "", called: str | None = None):
@@ -51,6 +57,8 @@ def read(config: dict, model_type: str, used: str, neutral: str = "", called: st
                 f"config.json has {name} = {json.dumps(value)[:200]}, which this converter does not know for "
                 f"{called or model_type}: it could change the logits. Remove the field if it is known not to."
             )
+        if name in COUNTS and isinstance(value, int) and value < 1:
+            raise Refusal(f"config.json has {name} = {value}; it must be at least 1.")
         if name in MUST_BE and value not in MUST_BE[name]:
             raise Refusal(f"config.json has {name} = {json.dumps(value)[:200]}; only {MUST_BE[name][0]} is converted.")
     config_class = CONFIG_MAPPING[model_type]

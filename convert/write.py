@@ -166,11 +166,13 @@ def replace(finished: Path, destination: Path, force: bool) -> None:
         return
     check_destination(destination, force)  # it may have come since
     aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.replaced-", dir=destination.parent))
-    old = destination.rename(aside / destination.name)
+    old = aside / destination.name
     try:
+        destination.rename(old)
         finished.rename(destination)
     except BaseException:
-        old.rename(destination)
+        if old.exists() and not destination.exists():
+            old.rename(destination)
         aside.rmdir()
         raise
     shutil.rmtree(aside)

@@ -394,19 +394,16 @@ def describe(result: dict) -> str:
     return "; ".join(parts)
 
 
-def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], only: str | None, bar: bool):
+def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
     """Run the rows that have no results yet.
 
     Args:
         rows: name to fields of `Run`; "lr" may be a list, the grid.
         output: folder of the results, `<row>/lr<lr>-seed<seed>.json`.
         seeds: the first chooses among the learning rates.
-        only: rows whose name contains it.
         bar: whether to show progress.
     """
     for name, fields in rows.items():
-        if only and only not in name:
-            continue
         grid = fields.get("lr", Run.lr)
         grid = grid if isinstance(grid, (list, tuple)) else [grid]
 
@@ -470,7 +467,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--eval-examples", type=int, default=512)
     add("--train-examples", type=int, help="so many different examples (MAD: 12800); default: never one twice")
     add("--suite", help="run the rows of a suite that have no results yet; see --list")
-    add("--only", help="rows of the suite whose name contains this")
+    add("--only", nargs="+", metavar="ROW", help="rows of the suite")
     add("--list", action="store_true", help="print the suites and their rows")
     add("--output", default="runs/recall")
     add("--threads", type=int, default=1)
@@ -492,7 +489,12 @@ def main():
         if args.suite not in SUITES:
             raise SystemExit(f"There is no suite {args.suite!r}; there are {', '.join(SUITES)}.")
         seeds = args.seeds if len(args.seeds) > 1 else [0, 1, 2]
-        run_suite(SUITES[args.suite], Path(args.output) / args.suite, seeds, args.only, bar)
+        rows = SUITES[args.suite]
+        unknown = set(args.only or ()) - set(rows)
+        if unknown:
+            raise SystemExit(f"{args.suite} has no row {', '.join(sorted(unknown))}; it has {', '.join(rows)}.")
+        rows = {name: rows[name] for name in args.only or rows}
+        run_suite(rows, Path(args.output) / args.suite, seeds, bar)
         return
     try:
         stages = tuple(tuple(map(int, stage.split("x"))) for stage in args.stages)

@@ -3,7 +3,7 @@
 Budgets are steps, not seconds, so that a row comes out the same on any machine; the results say what CPU time it took.
 """
 
-GRID = (1e-3, 2e-3)  # learning rates, the same for every model
+GRID = (1e-3, 2e-3, 4e-3)  # learning rates, the same for every model
 EIGHT = {"lr": GRID, "seconds": None, "steps": 2000}  # 8 pairs in 64 tokens of random filler, 2.0M tokens
 REPEATED = EIGHT | {"task_fields": {"filler": "repeated"}, "eval_lengths": (512, 1024)}
 
@@ -51,6 +51,7 @@ SUITES = {
         "bmojo-all": bmojo(model="bmojo-all"),
         "bmojo-all-add-fading-token": bmojo(model="bmojo-all", variation="add-fading-token"),
         "mamba2": EIGHT | {"model": "mamba2"},
+        "mamba2-state64": EIGHT | {"model": "mamba2", "fields": {"state_size": 64}},
         "sliding": EIGHT | {"model": "sliding"},
         "hybrid": EIGHT | {"model": "hybrid"},
         "jamba": EIGHT | {"model": "jamba"},
@@ -60,6 +61,7 @@ SUITES = {
         "bmojo": bmojo(REPEATED),
         "bmojo-random-choice": bmojo(REPEATED, innovation_predictor="random"),
         "mamba2": REPEATED | {"model": "mamba2"},
+        "mamba2-state64": REPEATED | {"model": "mamba2", "fields": {"state_size": 64}},
         "hybrid": REPEATED | {"model": "hybrid"},
     },
     "sixteen-repeated": sixteen_rows("repeated"),

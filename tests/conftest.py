@@ -63,6 +63,27 @@ def shared() -> Path:
 
 
 @contextmanager
+def casts_to_float32_ignored():
+    """Casts of float64 tensors to float32 do nothing: transformers' models, which have many, then compute in float64."""
+    cast, to = torch.Tensor.float, torch.Tensor.to
+
+    def keep(tensor, *args, **kwargs):
+        narrows = tensor.dtype is torch.float64 and torch.float32 in (*args, kwargs.get("dtype"))
+        return tensor if narrows else to(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda tensor: tensor if tensor.dtype is torch.float64 else cast(tensor))
+        patch.setattr(torch.Tensor, "to", keep)
+        yield
+
+
+@pytest.fixture(scope="session")
+def in_float64():
+    """The context `casts_to_float32_ignored`; in a session's scope, as Hypothesis wants it."""
+    return casts_to_float32_ignored
+
+
+@contextmanager
 def cut_small(block: int = 64, queries: int = 4):
     """Blocks of so many elements and queries in the forms for a CPU: many of them in small tensors."""
     from bmojo import cpu_bmojo

@@ -1,5 +1,6 @@
 """Random tiny models of transformers, all options drawn: converted they give the same logits, exported the same checkpoint."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -15,6 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bmojo.cache_bmojo import BMojoCache
 from bmojo.convert import Refusal, convert
+from bmojo.convert.formats import recognise
+from bmojo.convert.ours import make_config
 from bmojo.modeling_bmojo import BMojoForCausalLM
 
 
@@ -114,7 +117,7 @@ def mamba_fields(draw, kind: str):
     inner = expand * fields["hidden_size"]
     fields["head_dim"] = draw(st.sampled_from([2, 4]))
     fields["num_heads"] = inner // fields["head_dim"]
-    fields["n_groups"] = draw(st.sampled_from([1, 2]))
+    fields["n_groups"] = draw(st.sampled_from([groups for groups in (1, 2, 3) if fields["num_heads"] % groups == 0]))
     fields["chunk_size"] = draw(st.sampled_from([3, 16]))
     fields["time_step_limit"] = draw(st.sampled_from([(0.0, math.inf), (0.02, 0.4), (0.05, math.inf)]))
     return fields
@@ -140,7 +143,7 @@ def rel_error(got, want) -> float:
 def test_any_options_convert_exactly(kind):
     draw = (mamba_fields if "mamba" in kind else transformers_fields)(kind)
 
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(draw, st.booleans(), st.integers(0, 99))
     def check(fields, tied, seed):
         theirs = make(kind, fields | {"tie_word_embeddings": tied}, seed)
@@ -204,3 +207,170 @@ def test_what_has_no_exact_counterpart_is_refused_by_name(kind, change, told, sh
     with pytest.raises(Refusal, match=told):
         convert(source, tmp_path / "result", progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
+PUBLISHED = {  # config.json as older transformers wrote them, and what they must mean
+    "llama 3.2": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008],
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.45.0.dev0",
+            "use_cache": True,
+            "vocab_size": 128256,
+        },
+        {"head_dim": 64, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0}},
+    ),
+    "llama 1": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "initializer_range": 0.02,
+            "max_sequence_length": None,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "pad_token_id": -1,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"type": "linear", "factor": 2},
+            "temperature": 0.9,
+            "torch_dtype": "float16",
+            "transformers_version": "4.28.1",
+            "use_cache": True,
+            "vocab_size": 32000,
+        },
+        {"head_dim": 128, "num_key_value_heads": 32, "pad_token_id": None, "rope_parameters": {"factor": 2}},
+    ),
+    "qwen3": (
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 36,
+            "model_type": "qwen3",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        {"use_qk_norm": True, "rope_parameters": {"rope_theta": 1000000, "rope_type": "yarn"}},
+    ),
+    "mamba 130m": (
+        {
+            "architectures": ["MambaForCausalLM"],
+            "conv_kernel": 4,
+            "d_inner": 1536,
+            "d_model": 768,
+            "expand": 2,
+            "fused_add_norm": True,
+            "hidden_act": "silu",
+            "hidden_size": 768,
+            "intermediate_size": 1536,
+            "layer_norm_epsilon": 1e-05,
+            "model_type": "mamba",
+            "n_layer": 24,
+            "num_hidden_layers": 24,
+            "pad_vocab_size_multiple": 8,
+            "residual_in_fp32": True,
+            "rms_norm": True,
+            "ssm_cfg": {},
+            "state_size": 16,
+            "time_step_rank": 48,
+            "time_step_scale": 1.0,
+            "vocab_size": 50280,
+        },
+        {"tie_word_embeddings": True, "residual_in_fp32": True, "time_step_rank": 48},
+    ),
+    "mamba2 with an infinite limit": (
+        {
+            "model_type": "mamba2",
+            "hidden_size": 64,
+            "num_heads": 2,
+            "head_dim": 64,
+            "n_groups": 2,
+            "num_hidden_layers": 2,
+            "vocab_size": 100,
+            "time_step_limit": [0.0, math.inf],
+        },
+        {"time_step_limit": None, "tie_word_embeddings": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_understood(name):
+    fields, want = PUBLISHED[name]
+    got = recognise(fields, Path()).to_bmojo(fields)
+    config = make_config(got)
+    for field, value in want.items():
+        found = getattr(config, field)
+        assert found == value if not isinstance(value, dict) else value.items() <= found.items()
+
+
+ODD = st.sampled_from([0, -1, 3, "x", None, [], {}, 1e30, True, 0.5, [1, 2]])
+
+
+def places(fields: dict, path=()):
+    """Every place in nested fields."""
+    for name, value in fields.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from places(value, (*path, name))
+
+
+def test_odd_values_are_refused_not_stumbled_over(shared):
+    """In the config.json of every format: what it means, or a Refusal, nothing else."""
+    folders = sorted(path.parent for path in (shared / "golden").glob("*/*/config.json"))
+    originals = {folder: json.loads((folder / "config.json").read_text()) for folder in folders}
+
+    @settings(max_examples=600, deadline=None, database=None, derandomize=True)
+    @given(st.sampled_from(folders), st.data())
+    def check(folder, data):
+        fields = inner = json.loads(json.dumps(originals[folder]))
+        *path, last = data.draw(st.sampled_from(list(places(fields))))
+        for name in path:
+            inner = inner[name]
+        inner[last] = data.draw(ODD)
+        with contextlib.suppress(Refusal):
+            form = recognise(fields, folder)
+            make_config(form.to_bmojo(fields))
+            for question in (form.tensors, form.shapes, form.duplicates, form.ignored):
+                question(fields)
+
+    check()

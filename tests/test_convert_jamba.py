@@ -76,23 +76,25 @@ def in_memory(form, config: dict, weights: dict[str, torch.Tensor]) -> BMojoForC
     return model
 
 
-def check_equal(theirs, form, tolerance=1e-5):
-    """Logits, those of cached calls, and gradients, with float64 weights (transformers has parts in float32 all the same)."""
+def check_equal(theirs, form, in_float64):
+    """Logits, those of cached calls, and gradients, all in float64; and our configuration as theirs again."""
     theirs = randomised(theirs).double()
     ours = in_memory(form, config_json(theirs), theirs.state_dict())
     ids = torch.randint(3, 41, (2, 17), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
+    with in_float64():
         want = theirs(ids, use_cache=False).logits
-        assert rel_error(ours(ids, use_cache=False).logits, want) < tolerance
-        cache = BMojoCache(ours.config)
+        want.square().mean().backward()
+    got = ours(ids, use_cache=False).logits
+    got.square().mean().backward()
+    assert rel_error(got, want) < 1e-10
+    cache = BMojoCache(ours.config)
+    with torch.no_grad():
         parts = [ours(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 6], 1)]
-        assert rel_error(torch.cat(parts, 1), want) < tolerance
-    for model in (theirs, ours):
-        model(ids, use_cache=False).logits.square().mean().backward()
+    assert rel_error(torch.cat(parts, 1), want) < 1e-10
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, pieces in form.tensors(config_json(theirs)).items():
-        want = assemble(pieces, lambda piece: grads[piece.name])
-        assert rel_error(ours.get_parameter(name).grad, want) < 10 * tolerance, name
+        wanted = assemble(pieces, lambda piece: grads[piece.name])
+        assert rel_error(ours.get_parameter(name).grad, wanted) < 1e-8, name
     again = form.from_bmojo(ours.config)
     assert form.to_bmojo(again) == form.to_bmojo(config_json(theirs))
     assert form.shapes(again) == form.shapes(config_json(theirs))
@@ -157,7 +159,9 @@ def test_falcon_mamba_there_and_back(tmp_path, dtype):
             "attn_layer_period": st.sampled_from([1, 2, 3, 7]),
             "attn_layer_offset": st.integers(0, 5),
             "num_key_value_heads": st.sampled_from([1, 2, 4]),
-            "mamba_d_state": st.sampled_from([1, 3]),
+            "mamba_d_state": st.sampled_from(
+                [2, 5]
+            ),  # of 1, the norm leaves but a sign: gradients in float32 are noise
             "mamba_d_conv": st.sampled_from([2, 4]),
             "mamba_expand": st.sampled_from([1, 2]),
             "mamba_dt_rank": st.sampled_from(["auto", 5]),
@@ -172,13 +176,13 @@ def test_falcon_mamba_there_and_back(tmp_path, dtype):
     )
 )
 @FEW_EXAMPLES
-def test_random_jamba(options):
+def test_random_jamba(in_float64, options):
     options["attn_layer_offset"] %= options["attn_layer_period"]
     if options["head_dim"] is None:
         del options["head_dim"]
     if options["num_experts"] > 1:  # in none of the layers
         options |= {"expert_layer_period": 9, "expert_layer_offset": 4}
-    check_equal(JambaForCausalLM(JambaConfig(**(TINY_JAMBA | options))), Jamba())
+    check_equal(JambaForCausalLM(JambaConfig(**(TINY_JAMBA | options))), Jamba(), in_float64)
 
 
 MAMBA_OPTIONS = {
@@ -210,14 +214,16 @@ def of_any_width(options):
 
 @given(st.fixed_dictionaries(MAMBA_OPTIONS | {"mixer_rms_eps": st.sampled_from([1e-6, 1e-2])}))
 @FEW_EXAMPLES
-def test_random_falcon_mamba(options):
-    check_equal(FalconMambaForCausalLM(FalconMambaConfig(**TINY_MAMBA | of_any_width(options))), FalconMamba())
+def test_random_falcon_mamba(in_float64, options):
+    check_equal(
+        FalconMambaForCausalLM(FalconMambaConfig(**TINY_MAMBA | of_any_width(options))), FalconMamba(), in_float64
+    )
 
 
 @given(st.fixed_dictionaries(MAMBA_OPTIONS))
 @FEW_EXAMPLES
-def test_random_mamba(options):
-    check_equal(MambaForCausalLM(MambaConfig(**TINY_MAMBA | of_any_width(options))), Mamba())
+def test_random_mamba(in_float64, options):
+    check_equal(MambaForCausalLM(MambaConfig(**TINY_MAMBA | of_any_width(options))), Mamba(), in_float64)
 
 
 # ---------------------------------------------------------------------------- which layers are attention

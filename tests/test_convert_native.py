@@ -470,12 +470,9 @@ def test_any_options_are_what_the_port_computes(kind, as_theirs):
 def native_attention(attention: dict, weights: dict[str, torch.Tensor], u: torch.Tensor) -> torch.Tensor:
     """The attention of state-spaces/mamba by its formulas, loop over tokens; u (seq_len, d_model)."""
     heads, kv_heads, head_dim = attention["num_heads"], attention["num_heads_kv"], attention["head_dim"]
-    joint = u @ weights["in_proj.weight"].T + weights.get("in_proj.bias", 0.0)
-    taps = attention["d_conv"]
-    if taps:
-        padded = torch.cat([torch.zeros(taps - 1, joint.shape[1], dtype=u.dtype), joint])
-        kernel = weights["conv1d.weight"][:, 0].T
-        joint = torch.stack([(kernel * padded[t : t + taps]).sum(0) for t in range(len(u))]) + weights["conv1d.bias"]
+    joint = linear(weights, "in_proj", u)
+    if attention["d_conv"]:
+        joint = short_convolution(weights, joint)
     query, key, value = joint.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], -1)
 
     def turn(x, t):
@@ -498,12 +495,61 @@ def native_attention(attention: dict, weights: dict[str, torch.Tensor], u: torch
             group = head // (heads // kv_heads)
             scores = (key[: t + 1, group] @ query[t, head]) * scale
             out.append(scores.softmax(0) @ value[: t + 1, group])
-    mixed = torch.cat(out).view(len(u), heads * head_dim)
-    return mixed @ weights["out_proj.weight"].T + weights.get("out_proj.bias", 0.0)
+    return linear(weights, "out_proj", torch.cat(out).view(len(u), heads * head_dim))
 
 
-def native_transformer(config: dict, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """Logits of a native model that has attention only, by its formulas."""
+def native_mamba1(ssm: dict, weights: dict[str, torch.Tensor], u: torch.Tensor) -> torch.Tensor:
+    x, z = linear(weights, "in_proj", u).chunk(2, -1)
+    x = F.silu(short_convolution(weights, x))
+    rank = weights["dt_proj.weight"].shape[1]
+    low, B, C = (x @ weights["x_proj.weight"].T).split([rank, ssm["d_state"], ssm["d_state"]], -1)
+    dt, A = F.softplus(linear(weights, "dt_proj", low)), -weights["A_log"].exp()
+    h, out = torch.zeros_like(A), []
+    for t in range(len(u)):
+        h = (dt[t, :, None] * A).exp() * h + (dt[t] * x[t])[:, None] * B[t]
+        out.append((h @ C[t] + weights["D"] * x[t]) * F.silu(z[t]))
+    return linear(weights, "out_proj", torch.stack(out))
+
+
+def native_mamba2(ssm: dict, weights: dict[str, torch.Tensor], u: torch.Tensor) -> torch.Tensor:
+    heads, P, N, G = len(weights["A_log"]), ssm["headdim"], ssm["d_state"], ssm["ngroups"]
+    dS = heads * P
+    dM = weights["out_proj.weight"].shape[1] - dS
+    z0, x0, z, x, B, C, dt = linear(weights, "in_proj", u).split([dM, dM, dS, dS, G * N, G * N, heads], -1)
+    x, B, C = F.silu(short_convolution(weights, torch.cat([x, B, C], -1))).split([dS, G * N, G * N], -1)
+    dt, A = F.softplus(dt + weights["dt_bias"]).clamp(*ssm["dt_limit"]), -weights["A_log"].exp()
+    D = weights["D"].view(heads, P) if ssm["D_has_hdim"] else weights["D"][:, None]
+    h, out = torch.zeros(heads, P, N, dtype=u.dtype), []
+    for t in range(len(u)):
+        x_t = x[t].view(heads, P)
+        B_t, C_t = (y[t].view(G, N).repeat_interleave(heads // G, 0) for y in (B, C))
+        h = (dt[t] * A).exp()[:, None, None] * h + dt[t, :, None, None] * x_t[..., None] * B_t[:, None]
+        y = ((h * C_t[:, None]).sum(-1) + D * x_t).view(dS)
+        if ssm["rmsnorm"]:
+            y = y if ssm["norm_before_gate"] else y * F.silu(z[t])
+            groups = y.view(G, dS // G)
+            y = (groups / (groups.square().mean(-1, keepdim=True) + 1e-5).sqrt()).view(dS) * weights["norm.weight"]
+        if not ssm["rmsnorm"] or ssm["norm_before_gate"]:
+            y = y * F.silu(z[t])
+        out.append(torch.cat([F.silu(z0[t]) * x0[t], y]))
+    return linear(weights, "out_proj", torch.stack(out))
+
+
+def linear(weights, name: str, x):
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+
+
+def short_convolution(weights, x):
+    """Depthwise over time, zeros before the start; the last tap is for the current token."""
+    kernel = weights["conv1d.weight"][:, 0].T
+    taps = len(kernel)
+    padded = torch.cat([torch.zeros(taps - 1, x.shape[1], dtype=x.dtype), x])
+    convolved = torch.stack([(kernel * padded[t : t + taps]).sum(0) for t in range(len(x))])
+    return convolved + weights.get("conv1d.bias", 0.0)
+
+
+def native_model(config: dict, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a native model by its formulas; every option is given."""
 
     def norm(name, x):
         if config["rms_norm"]:
@@ -514,7 +560,11 @@ def native_transformer(config: dict, weights: dict[str, torch.Tensor], ids: torc
     for i in range(config["n_layer"]):
         at = f"backbone.layers.{i}."
         mixer = {name.removeprefix(f"{at}mixer."): w for name, w in weights.items() if name.startswith(f"{at}mixer.")}
-        x = x + native_attention(config["attn_cfg"], mixer, norm(f"{at}norm", x))
+        u, ssm = norm(f"{at}norm", x), config["ssm_cfg"]
+        if i in config["attn_layer_idx"]:
+            x = x + native_attention(config["attn_cfg"], mixer, u)
+        else:
+            x = x + (native_mamba1 if ssm["layer"] == "Mamba1" else native_mamba2)(ssm, mixer, u)
         if config["d_intermediate"]:
             value, gate = (norm(f"{at}norm2", x) @ weights[f"{at}mlp.fc1.weight"].T).chunk(2, -1)
             x = x + (value * F.silu(gate)) @ weights[f"{at}mlp.fc2.weight"].T
@@ -523,31 +573,43 @@ def native_transformer(config: dict, weights: dict[str, torch.Tensor], ids: torc
 
 
 @st.composite
-def odd_transformer(draw):
+def anything(draw):
+    """Every option that the format has, in any layer."""
     config, attention = draw(skeletons()), draw(attention_options())
     attention |= {
         "rotary_emb_interleaved": draw(FLAG),
         "softmax_scale": draw(st.sampled_from([None, 0.5, 1.25])),
         "d_conv": draw(st.sampled_from([0, 1, 2, 4])),
     }
-    config |= {"attn_layer_idx": list(range(config["n_layer"])), "attn_cfg": attention, "d_model": 12}
+    ssm = draw(ssm_options(draw(st.sampled_from(["Mamba1", "Mamba2"]))))
+    ssm["expand"] = draw(st.sampled_from([1, 2, 1.5, 2.34]))
+    d_model = draw(st.sampled_from([8, 12]))
+    if ssm["layer"] == "Mamba2":
+        total = int(ssm["expand"] * d_model)
+        ssm["headdim"] = draw(st.sampled_from([1, 2]))
+        ssm["d_ssm"] = draw(st.sampled_from([8, 4, total - total % 4]))
+        ssm |= {name: draw(FLAG) for name in ("D_has_hdim", "rmsnorm", "norm_before_gate")}
+    layers = draw(st.sets(st.integers(0, config["n_layer"] - 1)))
+    config |= {"attn_layer_idx": sorted(layers), "attn_cfg": attention, "ssm_cfg": ssm, "d_model": d_model}
     config |= {"rms_norm": draw(FLAG), "d_intermediate": draw(st.sampled_from([0, 1, 128])), "residual_in_fp32": True}
     return config, draw(st.integers(0, 99))
 
 
-@settings(max_examples=40, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(odd_transformer())
-def test_any_attention_is_what_its_formulas_say(drawn):
+@settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(anything())
+def test_any_model_is_what_its_formulas_say(drawn):
     config, seed = drawn
     weights = random_weights(config, seed)
     ours, ids = model_of(config, weights), torch.randint(30, (1, 14), generator=torch.Generator().manual_seed(seed))
-    want = native_transformer(config, weights, ids[0])
+    want = native_model(config, weights, ids[0])
     with torch.no_grad():
         assert rel_error(ours(ids, use_cache=False).logits[0], want) <= 1e-10
         cache = BMojoCache(ours.config)
         pieces = [ours(piece, past_key_values=cache).logits for piece in ids.split([3, 1, 1, 1, 8], 1)]
         assert rel_error(torch.cat(pieces, 1)[0], want) <= 1e-10
-    assert FORM.to_bmojo(FORM.from_bmojo(ours.config)) == FORM.to_bmojo(config)
+    again = FORM.from_bmojo(ours.config)
+    assert FORM.to_bmojo(again) == FORM.to_bmojo(config)
+    assert FORM.shapes(again) == FORM.shapes(config)
 
 
 @pytest.mark.parametrize(

@@ -759,7 +759,7 @@ def test_every_dtype_is_kept_and_finite(tiny_model, variant, dtype, dt_bias):
             assert parameter.grad.isfinite().all(), name
 
 
-@in_forms(["every_layer", "rank_mamba_untied", "random"])
+@in_forms(["every_layer", "rank_mamba_untied", "random", *SOME_SSM])
 @pytest.mark.parametrize("side", [None, "left"])
 @torch.no_grad()
 def test_nan_stays_in_its_row(make, form, variant, side):

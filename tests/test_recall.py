@@ -217,9 +217,9 @@ def test_a_suite_runs_what_is_missing_with_the_best_rate(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recall, "train", train)
     rows = {"row": {"lr": (0.1, 0.2, 0.3)}, "other": {"lr": 0.5}}
-    recall.run_suite(rows, tmp_path, [0, 1], "row", False)
+    recall.run_suite({"row": rows["row"]}, tmp_path, [0, 1], False)
     assert made == [(0.1, 0), (0.2, 0), (0.3, 0), (0.2, 1)]
-    recall.run_suite(rows, tmp_path, [0, 1, 2], None, False)
+    recall.run_suite(rows, tmp_path, [0, 1, 2], False)
     assert made[4:] == [(0.2, 2), (0.5, 0), (0.5, 1), (0.5, 2)]
 
 
@@ -231,6 +231,7 @@ def test_a_suite_runs_what_is_missing_with_the_best_rate(tmp_path, monkeypatch):
         (["--task-set", "pairs=40"], "40 pairs need"),
         (["--set", "window"], "not of the form"),
         (["--suite", "nothing"], "There is no suite"),
+        (["--suite", "sweep", "--only", "nothing"], "sweep has no row nothing; it has bmojo-m4"),
         (["--parameters", "100"], "without any MLP"),
     ],
 )

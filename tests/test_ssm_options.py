@@ -215,7 +215,7 @@ def test_every_option_counts(tiny_config, option):
     )
 )
 @FEW_EXAMPLES
-def test_mamba2_is_falcon_h1s(options):
+def test_mamba2_is_falcon_h1s(in_float64, options):
     """Gated norm or none, before or behind the gate, in groups; the SSM's width apart from expand * hidden_size."""
     heads = 4
     config = FalconH1Config(
@@ -231,9 +231,9 @@ def test_mamba2_is_falcon_h1s(options):
         mamba_rms_norm=config.mamba_rms_norm, mamba_norm_before_gate=config.mamba_norm_before_gate,
     )  # fmt: skip
     u = inputs(2, 19, 20)
-    with torch.no_grad():
+    with torch.no_grad(), in_float64():
         want = theirs(u)
-    ours.check(u, want, 1e-5)  # theirs is in float32 inside
+    ours.check(u, want, 1e-9)
 
 
 SELECTIVE = st.fixed_dictionaries(
@@ -250,7 +250,7 @@ SELECTIVE = st.fixed_dictionaries(
 
 @given(SELECTIVE, st.sampled_from([24, 40]), st.sampled_from([1e-6, 1e-2]))
 @FEW_EXAMPLES
-def test_mamba_is_falcon_mambas(options, inner, eps):
+def test_mamba_is_falcon_mambas(in_float64, options, inner, eps):
     config = FalconMambaConfig(
         **options, hidden_size=20, intermediate_size=inner, mixer_rms_eps=eps, num_hidden_layers=1, vocab_size=9
     )
@@ -261,14 +261,14 @@ def test_mamba_is_falcon_mambas(options, inner, eps):
         mixer_rms_eps=eps, **options,
     )  # fmt: skip
     u = inputs(2, 19, 20)
-    with torch.no_grad():
+    with torch.no_grad(), in_float64():
         want = theirs(u)
-    ours.check(u, want, 1e-5)
+    ours.check(u, want, 1e-9)
 
 
 @given(SELECTIVE, st.sampled_from([1, 2]))
 @FEW_EXAMPLES
-def test_mamba_is_jambas(options, expand):
+def test_mamba_is_jambas(in_float64, options, expand):
     names = {
         "state_size": "mamba_d_state", "time_step_rank": "mamba_dt_rank", "conv_kernel": "mamba_d_conv",
         "use_bias": "mamba_proj_bias", "use_conv_bias": "mamba_conv_bias", "hidden_act": "hidden_act",
@@ -287,9 +287,9 @@ def test_mamba_is_jambas(options, expand):
         "mamba", weights, hidden_size=20, expand=expand, mixer_norm="learned", mixer_rms_eps=1e-2, **options
     )
     u = inputs(2, 19, 20)
-    with torch.no_grad():
+    with torch.no_grad(), in_float64():
         want = theirs(u)
-    ours.check(u, want, 1e-5)
+    ours.check(u, want, 1e-9)
 
 
 # ---------------------------------------------------------------------------- against recordings
