@@ -6,6 +6,7 @@ import torch
 
 from .core import Format, Refusal
 from .ours import load_class
+from .read import read_json
 
 
 LARGEST = 1e-4  # relative difference of the logits of a position: float32 and another order of sums explain 1e-5
@@ -31,15 +32,14 @@ def verify_conversion(
         Refusal: the difference is too large.
     """
     try:
-        theirs = load_source(source)
+        theirs, made = load_source(source), load_result(result, exported)
     except Refusal as reason:
         return f"Not verified: {reason}"
     if dtype is not None:
         round_to(theirs, dtype, source.dynamics)
     ids = random_ids(source.config, window)
     want = logits(theirs, ids)
-    del theirs
-    got = logits(load_result(result, with_code=exported is None), ids)
+    got = logits(made, ids)
     if got.shape != want.shape:
         raise Refusal(
             f"verification failed: logits have shape {tuple(got.shape)}, the original's {tuple(want.shape)}."
@@ -65,11 +65,13 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids, use_cache=False).logits.float()
 
 
-def load_result(folder: Path, with_code: bool):
+def load_result(folder: Path, exported: Format | None):
     """A folder that was just written, in float32, as users load it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=with_code)
+    if exported is not None:
+        return exported.original(read_json(folder / "config.json"), folder)
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=True)
 
 
 def load_source(source):

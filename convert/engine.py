@@ -141,7 +141,8 @@ def convert(
     with appearing(destination, force) as unfinished:
         write_weights(unfinished, targets, limit, progress)
         if form is not None:
-            write_json(unfinished / CONFIGURATION, fields | {"dtype": str(main).removeprefix("torch.")})
+            known = {"dtype": str(main).removeprefix("torch.")} if form.model_types else {}  # transformers' own files
+            write_json(unfinished / CONFIGURATION, fields | known)
         else:
             ours.save_config_and_code(config, unfinished, main)
         along = copy_along(folder, tokenizer_folder, unfinished, model.fields.get("model_type"))
