@@ -86,6 +86,7 @@ INFORMATION = {  # entries that their code works out again from the top level
     "gdn_config": "chunk_size",
     "swa_config": "hidden_size num_heads num_key_value_heads head_dim rms_norm_eps",
 }
+OFF = ("xb_learnable_residual",)  # entries of variants that are not converted, which false switches off as null does
 COPIES = {  # entries of gka_config and gdn_config that must agree with the top level
     "hidden_size": "hidden_size",
     "head_dim": "head_dim",
@@ -116,7 +117,8 @@ def read_block(config: dict, name: str, fields: dict, copies: dict) -> SimpleNam
         if key in copies and value not in (None, copies[key]):
             raise Refusal(f"{name}.{key} is {json.dumps(value)}, the model's own is {copies[key]!r}; they must agree.")
         known = key in fields or key in copies or key in INFORMATION[name].split()
-        if not known and value is not None:
+        off = value is None or (value is False and key in OFF)
+        if not known and not off:
             raise Refusal(
                 f"{name}.{key} is {json.dumps(value)[:200]}, which this converter does not know: it could change the logits."
             )
@@ -246,8 +248,7 @@ class HMF(Format):
         read.window = windows.pop() if windows else None
         read.ssm_type = ssm_types.pop() if ssm_types else None
         if read.ssm_type == "mamba2":
-            optional = {"xb_learnable_residual": False}  # null or false: switched off
-            read.own = read_block(config, "mamba2_config", MAMBA2, optional)
+            read.own = read_block(config, "mamba2_config", MAMBA2, {})
         elif read.ssm_type is not None:
             copies = {name: getattr(read, source) for name, source in COPIES.items()}
             fields = GKA if read.ssm_type == "gated_kalmanet" else GDN

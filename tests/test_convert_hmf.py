@@ -1,6 +1,7 @@
 """The authors' checkpoints: recordings of their own code, random models of every option against loops, and the way back."""
 
 import json
+import math
 import re
 import warnings
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from bmojo.cache_bmojo import BMojoCache
 from bmojo.configuration_bmojo import BMojoConfig
@@ -172,8 +174,6 @@ def test_recorded_case_through_the_command(recorded, tmp_path):
     folder, config, want, _ = recorded
     said = []
     convert(folder, tmp_path / "ours", progress=False, say=said.append)
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
     with torch.no_grad():
         assert largest(model(want["input_ids"]).logits, want["logits"]) < 5e-5  # in float32
@@ -273,6 +273,25 @@ def test_random_models_of_every_option(config, seed):
     assert FORMAT.shapes(exported) == FORMAT.shapes(config)
 
 
+@pytest.mark.parametrize(
+    ("mixer", "parameters", "tensors"),
+    [("mamba2", 9_250_692_288, 579), ("gka", 9_255_224_832, 687), ("gdn", 9_252_864_384, 633)],
+)
+def test_sizes_at_scale(mixer, parameters, tensors):
+    """Counted with the authors' classes in the shapes of Qwen3-8B, half of its layers B'MOJO-F."""
+    config = small(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, hybrid_override_pattern="-".join(["*", "BMF"] * 18),
+        bmojo_config={"window_size": 2048, "tie_attn_weights": True, "ssm_mixer": mixer},
+    )  # fmt: skip
+    shapes = FORMAT.shapes(config)
+    assert len(shapes) == tensors
+    assert sum(math.prod(shape) for shape in shapes.values()) == parameters
+    with torch.device("meta"):
+        model = BMojoForCausalLM(BMojoConfig(**FORMAT.to_bmojo(config)))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
 # ---------------------------------------------------------------------------- spellings
 
 
@@ -321,6 +340,7 @@ def test_fields_without_effect():
         "use_sliding_window": True,
         "max_window_layers": 1,
         "torch_dtype": "bfloat16",
+        "mamba2_config": {"ssm_cfg": {"expand": 1}, "xb_proj_rank": None, "xb_learnable_residual": False},
         "gka_config": {"chunk_size": 128, "num_q_heads": 6, "num_k_heads": 2},
     }
     copies = {"hidden_size": 1, "num_heads": 1, "num_key_value_heads": 1, "head_dim": 1, "rms_norm_eps": 1.0}
@@ -387,6 +407,7 @@ REFUSED = [
         block("mamba2_config", ssm_cfg={"repeat_kv_before_conv": True}),
         "mamba2_config.ssm_cfg.repeat_kv_before_conv is true",
     ),
+    (block("mamba2_config", ssm_cfg=[1]), r"mamba2_config.ssm_cfg is \[1\]; it must be a group of fields"),
     (block("mamba2_config", xb_proj_rank=8), "mamba2_config.xb_proj_rank is 8"),
     (block("mamba2_config", xb_learnable_residual=True), "mamba2_config.xb_learnable_residual is true"),
     (block("gka_config", num_sketches_per_head=2), "gka_config.num_sketches_per_head is 2"),

@@ -122,9 +122,13 @@ def attention_inputs(
     fading=True,
     past=None,
     scores="usual",
+    asks_twice=False,
     seed=0,
 ):
-    """`past`: None, or of every row; keys reach as far back as the model's. `filled`: which places of the memory are."""
+    """`past`: None, or of every row; keys reach as far back as the model's. `filled`: which places of the memory are.
+
+    `asks_twice`: fading keys have a query of their own.
+    """
     random = randoms(seed)
     before, entries = 0 if past is None else window - 1, memory + seq_len
     chunks = -(-seq_len // chunk_size)
@@ -150,6 +154,7 @@ def attention_inputs(
             "memory": places.masked_fill(empty, -1),
         }
     tensors["past"] = None if past is None else torch.tensor(past)
+    tensors["fading_query"] = tokens(seq_len, kv_heads * group) if fading and asks_twice else None
     return tensors, {"window": window, "chunk_size": chunk_size, "scale": head_dim**-0.5}
 
 
@@ -176,7 +181,15 @@ TINY = {  # for derivatives by differences
     "ssd_scan": {"batch": 1, "seq_len": 5, "groups": 2, "per_group": 2, "channels": 2, "state": 2, "chunk_size": 2},
     "selective_scan": {"batch": 1, "seq_len": 9, "channels": 2, "state": 2},
     "causal_conv": {"batch": 1, "seq_len": 4, "channels": 2, "taps": 3},
-    "memory_attention": {"seq_len": 5, "kv_heads": 1, "head_dim": 2, "window": 2, "memory": 2, "past": [1, 4]},
+    "memory_attention": {
+        "seq_len": 5,
+        "kv_heads": 1,
+        "head_dim": 2,
+        "window": 2,
+        "memory": 2,
+        "past": [1, 4],
+        "asks_twice": True,
+    },
     "rms_norm": {"shape": (3, 4), "n_groups": 2},
     "silu_gate": {"shape": (3, 2)},
 }
@@ -300,6 +313,7 @@ def test_attention_of_any_shape(cut):
             "fading": st.booleans(),
             "past": st.one_of(st.none(), st.lists(st.integers(0, 30), min_size=rows, max_size=rows)),
             "scores": st.sampled_from(["usual", "usual", "equal", "large"]),
+            "asks_twice": st.booleans(),
         }
         tensors, options = attention_inputs(rows, **data.draw(st.fixed_dictionaries(sizes)))
         tensors = lay_out(tensors, data.draw(st.lists(st.sampled_from(list(LAYOUTS)), min_size=1, max_size=5)))
@@ -345,6 +359,16 @@ def test_attention_to_any_number_of_keys_before(small_blocks, before, past):
     for name in ("fading_key", "fading_value"):
         tensors[name] = random(3, 9 - before + 13, 2, 3)
     assert_form_is_definition("memory_attention", tensors, options)
+
+
+@pytest.mark.parametrize("past", [None, [0, 3]])
+def test_attention_with_a_query_of_its_own_for_fading_keys(small_blocks, past):
+    tensors, options = attention_inputs(asks_twice=True, past=past, seq_len=23)
+    assert_form_is_definition("memory_attention", tensors, options)
+    same = tensors | {"fading_query": tensors["query"]}
+    shared = OPS["memory_attention"].cpu(*(tensors | {"fading_query": None}).values(), **options)
+    assert torch.equal(OPS["memory_attention"].cpu(*same.values(), **options), shared)
+    assert not torch.equal(OPS["memory_attention"].cpu(*tensors.values(), **options), shared)
 
 
 @pytest.mark.parametrize("kind", ["all", "none"])

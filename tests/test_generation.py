@@ -22,6 +22,13 @@ MIXED = {
     "layers_block_type": ["mamba2", "full_attention", "sliding_attention", "mamba", "bmojo"],
     "num_hidden_layers": 5,
 }
+DELTAS = {
+    "layers_block_type": ["gated_deltanet", "bmojo"],
+    "ssm_type": "gated_kalmanet",
+    "num_iter": 3,  # as many graph nodes as need be
+    "tie_attn_weights": False,
+    "fading_query": True,
+}
 VARIANTS = {
     "bmojo": {},
     "bmojo-mamba": {"ssm_type": "mamba", "eidetic_position": "rank", "eidetic_chunk_size": 7},
@@ -285,7 +292,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("changes", [VARIANTS["bmojo-mamba"], MIXED])
+@pytest.mark.parametrize("changes", [VARIANTS["bmojo-mamba"], MIXED, DELTAS])
 @torch.no_grad()
 def test_compiled_forward(tiny_model, compiled, changes):
     compile_model, graphs = compiled
@@ -297,7 +304,9 @@ def test_compiled_forward(tiny_model, compiled, changes):
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize(("changes", "mask"), [({}, True), (VARIANTS["bmojo-mamba"], False), (MIXED, False)])
+@pytest.mark.parametrize(
+    ("changes", "mask"), [({}, True), (VARIANTS["bmojo-mamba"], False), (MIXED, False), (DELTAS, False)]
+)
 @torch.no_grad()
 def test_compiled_decoding(tiny_model, compiled, changes, mask):
     compile_model, graphs = compiled
