@@ -23,7 +23,7 @@ def verify_conversion(
         result: the folder that was written.
         exported: its format; None where it is ours.
         dtype: what the weights were converted to; the source's are rounded likewise.
-        window: of a primed model, which equals its source on so many tokens; None otherwise.
+        window: on how many tokens a primed model equals its source; None otherwise.
 
     Returns:
         A line for the user: the largest relative difference, or why there is nothing to compare with.

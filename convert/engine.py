@@ -147,13 +147,25 @@ def convert(
             ours.save_config_and_code(config, unfinished, main)
         along = copy_along(folder, tokenizer_folder, unfinished, model.fields.get("model_type"))
         if verify:
-            say(verify_conversion(model, unfinished, form, wanted, config.sliding_window if to_bmojo else None))
+            say(
+                verify_conversion(
+                    model, unfinished, form, wanted, unchanged(model.config, config) if to_bmojo else None
+                )
+            )
     size = sum(target.bytes for target in targets)
     say(
         f"{destination} has {len(targets)} tensors, {size / 1e9:.3g} GB"
         + (f", and {', '.join(along)}." if along else ".")
     )
     return destination
+
+
+def unchanged(config, primed) -> int:
+    """On how many tokens a primed model equals its source: as many as all windows hold."""
+    windows = [primed.sliding_window]
+    if "sliding_attention" in config.layers_block_type:
+        windows.append(config.sliding_window)
+    return min(windows)
 
 
 def check_options(to_bmojo: bool, export: str | None, dtype: str | None, priming: dict) -> None:

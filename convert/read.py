@@ -119,7 +119,7 @@ class PickledFiles:
                 f"{path} was refused: it asks for more than tensors when it is unpickled ({reason}). Such a file can run "
                 "any program; it is not loaded in another way. Get the weights as safetensors."
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged pickle can make torch raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise Refusal(f"{path} cannot be read, it is damaged or older than torch 1.6: {reason}") from error
         if not isinstance(found, dict):

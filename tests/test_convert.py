@@ -1,5 +1,6 @@
 """The converter's engine and command: what it reads, what it refuses, what it leaves behind, and what it costs."""
 
+import contextlib
 import json
 import os
 import re
@@ -385,6 +386,11 @@ def damage(folder: Path, how: str):
         (folder / "config.json").write_text('{"model_type": "lla')
     elif how == "unknown format":
         edit(folder, model_type="gpt2")
+    elif how in ("cut pickle", "pickle of noise"):
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        content = (folder / "pytorch_model.bin").read_bytes()
+        (folder / "pytorch_model.bin").write_bytes(content[:-700] if how == "cut pickle" else content[::-1])
+        weights.unlink()
     elif how == "too many layers":
         edit(folder, num_hidden_layers=10**9)
     elif how == "missing shard":
@@ -410,6 +416,8 @@ DAMAGES = [
     ("transposed", r"model.embed_tokens.weight has shape \(24, 61\)"),
     ("nan", "model.embed_tokens.weight holds values that are not finite"),
     ("integers", "quantised.*model.norm.weight"),
+    ("cut pickle", "pytorch_model.bin cannot be read"),
+    ("pickle of noise", "pytorch_model.bin (cannot be read|was refused)"),
     ("no weights", "holds no weights"),
     ("no config", "config.json is missing"),
     ("config is a list", "not a JSON object"),
@@ -469,6 +477,24 @@ def test_pickle_under_an_old_torch(source, tmp_path, monkeypatch):
     (source / "model.safetensors").unlink()
     with pytest.raises(Refusal, match=r"torch 2\.6 or newer"):
         silently(source, tmp_path / "again")
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    st.booleans(), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=3)
+)
+def test_flipped_bytes_are_read_or_refused(tmp_path_factory, pickled, flips):
+    folder, weights = tmp_path_factory.mktemp("flipped"), {"a": torch.randn(3, 4), "b.c": torch.randn(5).bfloat16()}
+    path = folder / ("pytorch_model.bin" if pickled else "model.safetensors")
+    (torch.save if pickled else save_file)(weights, path)
+    content = bytearray(path.read_bytes())
+    for place, byte in flips:
+        content[int(place * (len(content) if pickled else 150))] = byte  # of safetensors, in the header
+    path.write_bytes(content)
+    with contextlib.suppress(Refusal):
+        for tensor in read.read_checkpoint(folder).values():
+            if tensor.dtype is not None:
+                tensor.whole()
 
 
 def test_overflow_in_a_narrower_dtype(source, tmp_path):

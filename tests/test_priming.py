@@ -190,7 +190,7 @@ def test_sliding_layers_that_stay_fix_the_window(tmp_path):
     MODELS["mistral"]().save_pretrained(tmp_path / "source")
     with pytest.raises(Refusal, match="a model has one window"):
         silently(tmp_path / "source", tmp_path / "result", to_bmojo=True, layers=[0], window=WINDOW + 1)
-    silently(tmp_path / "source", tmp_path / "result", to_bmojo=True, window=WINDOW + 1)
+    silently(tmp_path / "source", tmp_path / "result", to_bmojo=True, window=WINDOW + 1, verify=True)
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "bmojo"])
