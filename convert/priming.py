@@ -165,7 +165,7 @@ def stack(*parts: Stretch) -> Assembled:
 
 def dynamics(config, layer: int) -> dict[str, torch.Tensor]:
     """A_log, D and dt_bias as a new layer has them, always the same for a layer."""
-    module = ours.load_class("modeling_bmojo.BMojoDynamics")(config, "mamba2")
+    module = ours.load_class("ssm_bmojo.BMojoDynamics")(config, "mamba2")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(layer)
         module.initialise()

@@ -12,17 +12,17 @@ from accelerate import cpu_offload, disk_offload
 from torch import nn
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
+from bmojo.attention_bmojo import BMojoMixer
 from bmojo.kernels_bmojo import ssd_scan
 from bmojo.modeling_bmojo import (
     BMojoForCausalLM,
     BMojoForQuestionAnswering,
     BMojoForSequenceClassification,
     BMojoForTokenClassification,
-    BMojoMixer,
     BMojoModel,
-    BMojoRMSNorm,
     get_parameter_groups,
 )
+from bmojo.norms_bmojo import BMojoRMSNorm
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -308,7 +308,7 @@ def test_autocast_leaves_the_scan_alone(tiny_model, form, ids, monkeypatch):
             scans.append(ssd_scan(*args))
         return scans[-2]
 
-    monkeypatch.setattr("bmojo.modeling_bmojo.ssd_scan", scan_twice)
+    monkeypatch.setattr("bmojo.ssm_bmojo.ssd_scan", scan_twice)
     with torch.autocast("cpu", torch.bfloat16):
         tiny_model()(ids)
     assert len(scans) == 4

@@ -1,0 +1,524 @@
+"""Attention over the memories: full, windowed, B'MOJO's one softmax over three spans, and attention beside an SSM."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .cache_bmojo import memory_slots
+from .call_bmojo import (
+    Call,
+    last_rows,
+    predictor_weights,
+    ring_positions,
+    score_scale,
+    take_rows,
+    timeline,
+    write_ring,
+)
+from .configuration_bmojo import LEARNED_CHOICES
+from .kernels_bmojo import memory_attention, prediction_error, rotate
+from .norms_bmojo import BMojoRMSNorm
+from .numerics_bmojo import at_least_float32, widen
+from .ops_bmojo import hash_scores, predict, running_selection, select
+from .ssm_bmojo import SSM_CLASSES, BMojoConv1d
+
+
+class BMojoAttention(nn.Module):
+    """Projections that all attention layers share, and causal attention over everything: `full_attention`."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(
+            config.hidden_size, config.num_attention_heads * config.head_dim, bias=config.attention_bias
+        )
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias
+        )
+        self.q_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.head_dim, self.scale, self.key_multiplier = config.head_dim, score_scale(config), config.key_multiplier
+        self.interleaved = config.rotary_dim if config.rope_interleave else 0
+        self.conv1d = None
+        if config.attention_conv_kernel:
+            channels, taps = self.q_proj.out_features + 2 * kv_size, config.attention_conv_kernel
+            self.conv1d = BMojoConv1d(channels, channels, taps, groups=channels, bias=True, padding=0)
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def query_heads(self, x, norm=None):
+        """Projected queries (..., heads * head_dim) to (..., heads, head_dim), as they are before the rotation."""
+        query = (norm or self.q_norm)(self.heads(x))
+        return self.halves(query) if self.interleaved else query
+
+    def key_heads(self, x, norm=None):
+        """Projected keys (..., kv heads * head_dim) to (..., kv heads, head_dim), as they are before the rotation."""
+        key = (norm or self.k_norm)(self.heads(x))
+        if self.key_multiplier != 1:
+            key = key * self.key_multiplier
+        return self.halves(key) if self.interleaved else key
+
+    def halves(self, x):
+        """Entries 2i and 2i + 1, which turn together, moved to i and i + half: scores do not see the order of entries."""
+        front, rest = x.split_with_sizes([self.interleaved, self.head_dim - self.interleaved], -1)
+        return torch.cat([front[..., ::2], front[..., 1::2], rest], -1)
+
+    def project(self, u, call: Call, state):
+        """Queries and keys, rotated, and values, each (rows, seq_len, heads, head_dim); and what of the state this keeps."""
+        query, key, value, kept = self.q_proj(u), self.k_proj(u), self.v_proj(u), {}
+        if self.conv1d is not None:
+            sizes, joint = [query.shape[-1], key.shape[-1], value.shape[-1]], torch.cat([query, key, value], -1)
+            if state is None:
+                history = joint.new_zeros(len(joint), self.conv1d.kernel_size[0] - 1, joint.shape[2])
+            else:
+                history = state["qkv_conv"]
+            kept["qkv_conv"] = last_rows(history, joint, call.lengths)
+            joint = self.conv1d(torch.cat([history.to(joint.dtype), joint], 1).transpose(1, 2)).transpose(1, 2)
+            query, key, value = joint.split_with_sizes(sizes, -1)
+        query, key = self.query_heads(query), self.key_heads(key)
+        return rotate(query, call.cos, call.sin), rotate(key, call.cos, call.sin), self.heads(value), kept
+
+    def forward(self, u, call: Call, state=None):
+        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
+        query, key, value, kept = self.project(u, call, state)
+        if state is not None:
+            key, value = self._append(state["full_key"], key, call), self._append(state["full_value"], value, call)
+            state = {"full_key": key, "full_value": value, **kept}
+        columns = torch.arange(key.shape[1], device=u.device)
+        if state is not None:  # columns that hold no token of the row
+            key, value = (x.masked_fill((columns >= call.end())[..., None, None], 0) for x in (key, value))
+        groups = query.shape[2] // key.shape[2]
+        query, key, value = (x.transpose(1, 2) for x in (query, key.to(u.dtype), value.to(u.dtype)))
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        if state is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+        else:
+            parts = []
+            for start in range(0, call.seq_len, 1024):  # bounds the mask: linear in the length
+                visible = columns <= call.positions[:, None, start : start + 1024, None]
+                part = query[:, :, start : start + 1024]
+                parts.append(F.scaled_dot_product_attention(part, key, value, attn_mask=visible, scale=self.scale))
+            mixed = torch.cat(parts, 2)
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2)), state, {}
+
+    def _append(self, buffer, new, call: Call):
+        """Write the call's tokens at their positions, in a buffer that grows by the call's columns unless it is fixed."""
+        seq_len = new.shape[1]
+        if not call.fixed_columns:
+            buffer = torch.cat([buffer.to(new.dtype), torch.zeros_like(new)], 1)
+        index = call.positions.expand(new.shape[0], seq_len)
+        if (
+            call.lengths is not None
+        ):  # behind a row's last token: put back what is there, at a place nothing else takes
+            index = torch.where(
+                call.real(), index, torch.arange(seq_len, device=new.device) - seq_len + buffer.shape[1]
+            )
+            new = torch.where(call.real()[..., None, None], new, take_rows(buffer, index))
+        index = index.view(*index.shape, 1, 1).expand_as(new)
+        return buffer.scatter(1, index, new)
+
+
+class BMojoWindowAttention(BMojoAttention):
+    """Attention over the last w tokens: `sliding_attention`, and the frame in which `bmojo` adds its other memories.
+
+    Calls of any length go through `memory_attention`, linear in the length; a single token with a cache attends to the
+    cache as it lies.
+    """
+
+    layer_type = "sliding_attention"
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.window = config.sliding_window
+        self.slots = memory_slots(config, self.layer_type)
+
+    def in_cache(self, state, name: str, span: str):
+        """The slots of one memory in the state's "key" or "value", (rows, slots, kv heads, head_dim)."""
+        return state[name][:, :, self.slots[span]].transpose(1, 2)
+
+    def with_past(self, tokens, span: str, call: Call, state, base, reach: int, length: int):
+        """Keys and values for the `reach` positions before base and the `length` from there; without past the call's own."""
+        if call.past is None:
+            return tokens
+        rings = (self.in_cache(state, name, span) for name in ("key", "value"))
+        return tuple(
+            timeline(new, ring, call, base - reach, reach + length) for new, ring in zip(tokens, rings, strict=True)
+        )
+
+    def into_cache(self, state, spans: dict, call: Call, *eidetic):
+        """Keys and values of the state after the call.
+
+        Args:
+            state: before the call.
+            spans: for each ring the keys and values of the call, (rows, seq_len, kv heads, head_dim).
+            call: the call.
+            eidetic: keys and values of the eidetic memory after it, (rows, eidetic_size, kv heads, head_dim).
+        """
+        new = {}
+        for place, name in enumerate(("key", "value")):
+            parts = [
+                write_ring(self.in_cache(state, name, span), tokens[place], call) for span, tokens in spans.items()
+            ]
+            parts += [memory.to(state[name].dtype) for memory in eidetic[place : place + 1]]
+            new[name] = torch.cat([part.transpose(1, 2) for part in parts], 2)
+        return new
+
+    def put(self, state, call: Call, key, value):
+        """Write one token of each ring, (rows, rings, kv heads, head_dim), into the state's keys and values."""
+        index = call.step.index[self.layer_type].expand(-1, key.shape[2], -1, key.shape[3])
+        tokens = {"key": key, "value": value}
+        return {name: call.put(state[name], 2, index, token.transpose(1, 2)) for name, token in tokens.items()}
+
+    def attend_to_cache(self, state, call: Call, query, eidetic_query=None, fading_query=None):
+        """The mix of values for one query of each row, (rows, 1, heads, head_dim); queries are scaled already."""
+        rows, _, heads, head_dim = query.shape
+        key, value, mask = state["key"], state["value"], call.step.mask[self.layer_type]
+        if key.dtype is not query.dtype:
+            key, value = key.to(query.dtype), value.to(query.dtype)
+        key, value, shape = key.flatten(0, 1), value.flatten(0, 1), (-1, heads // key.shape[1], head_dim)
+        if eidetic_query is None and fading_query is None:
+            scores = torch.bmm(query.reshape(shape), key.transpose(1, 2))
+        else:  # a product of few queries with many keys for each: cheaper than one of all queries
+            parts, near = [], key
+            if eidetic_query is not None:
+                memory = self.slots["eidetic"]
+                eidetic_key = key[:, memory]
+                if self.ranked:
+                    eidetic_key = self.in_cache(state, "key", "eidetic").to(query.dtype)
+                    eidetic_key = self.eidetic_key(eidetic_key, call).transpose(1, 2).flatten(0, 1)
+                near = key[:, : memory.start]
+                parts = [torch.bmm(eidetic_query.reshape(shape), eidetic_key.transpose(1, 2))]
+            if fading_query is not None:
+                fading = self.slots["fading"]
+                near = key[:, : fading.start]
+                parts.insert(0, torch.bmm(fading_query.reshape(shape), key[:, fading].transpose(1, 2)))
+            scores = torch.cat([torch.bmm(query.reshape(shape), near.transpose(1, 2)), *parts], -1)
+        weights = (scores + mask).softmax(-1)
+        weights = weights if weights.dtype is value.dtype else weights.to(value.dtype)
+        return torch.bmm(weights, value).view(rows, 1, heads, head_dim)
+
+    def forward(self, u, call: Call, state=None):
+        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
+        query, key, value, kept = self.project(u, call, state)
+        if call.step is not None:
+            state = self.put(state, call, key, value) | kept
+            mixed = self.attend_to_cache(state, call, query * self.scale)
+        else:
+            past = 0 if call.past is None else call.past[:, None]
+            window = self.with_past((key, value), "window", call, state, past, self.window - 1, call.seq_len)
+            mixed = memory_attention(  # without a memory, chunks only say how queries may be cut
+                query, *window, past=call.past, window=self.window, chunk_size=64, scale=self.scale
+            )
+            state = None if state is None else self.into_cache(state, {"window": (key, value)}, call) | kept
+        return self.o_proj(mixed.flatten(-2)), state, {}
+
+
+class BMojoMixer(BMojoWindowAttention):
+    """The B'MOJO layer: one softmax over the window, the fading tokens behind it and the eidetic memory.
+
+    Source: arXiv 2407.06324; the choices that the paper leaves open are those of the configuration's docstring.
+    """
+
+    layer_type = "bmojo"
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.memory, self.chunk = config.eidetic_size, config.eidetic_chunk_size
+        self.fades, self.tied = config.fading_span, config.tie_attn_weights
+        self.ranked = config.eidetic_position == "rank"
+        self.fading = SSM_CLASSES[config.ssm_type](config)
+        if config.fading_span and not config.tie_attn_weights:
+            kv_size = config.num_key_value_heads * config.head_dim
+            self.fading_k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+            self.fading_v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.asks_twice = config.fading_query
+        if config.fading_query:
+            size = config.num_attention_heads * config.head_dim
+            self.fading_q_proj = nn.Linear(config.hidden_size, size, bias=config.attention_bias)
+            norm = partial(BMojoRMSNorm, config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity
+            self.fading_q_norm, self.fading_k_norm = norm(), norm()
+        if self.memory and config.innovation_predictor == "learnable":
+            self.predictor = BMojoPredictor(config)
+
+    def forward(self, u, call: Call, state=None):
+        """From (rows, seq_len, hidden_size) to the same, the new state (which the layer drops without cache), and its memory.
+
+        The last is a dict: "innovation" (rows, seq_len), "positions" (rows, chunks, eidetic_size), "loss" of a learnable
+        predictor; empty without eidetic memory.
+        """
+        y, new, _ = self.fading(u, call, state)
+        memory = {}
+        if self.memory:
+            memory = self.innovation(y, call, state)
+            if state is not None and "history" in state:
+                new["history"] = last_rows(state["history"], y, call.lengths)
+        attend = self.attend if call.step is None else self.attend_single
+        mixed, kept, positions = attend(u, y, memory.get("innovation"), call, state)
+        if positions is not None:
+            memory["positions"] = positions
+        return self.o_proj(mixed.flatten(-2)), new | kept, memory
+
+    # -- innovation ----------------------------------------------------------------------------------------------------
+
+    def innovation(self, y, call: Call, state) -> dict[str, torch.Tensor]:
+        """As `full_innovation`, with few operations for the usual single token."""
+        if call.step is None or torch.is_grad_enabled() or "history" not in state or hasattr(self, "predictor"):
+            return self.full_innovation(y, call, state)
+        expected = torch.bmm(call.step.predictor, widen(state["history"]))
+        error = torch.linalg.vector_norm(widen(y) - expected, dim=-1).square_().nan_to_num_(-1, torch.inf)
+        return {"innovation": error if call.lengths is None else error.masked_fill(~call.real(), -torch.inf)}
+
+    @torch.no_grad()
+    def full_innovation(self, y, call: Call, state) -> dict[str, torch.Tensor]:
+        """How badly each output was predicted, (rows, seq_len) in float32 or wider; -inf where there is no token."""
+        choice, dtype = self.config.innovation_predictor, at_least_float32(y)
+        found = {}
+        if choice in LEARNED_CHOICES:
+            kernel = self.config.innovation_kernel
+            history = y.new_zeros(y.shape[0], kernel, y.shape[2]) if state is None else state["history"]
+            if choice == "learnable":
+                with torch.enable_grad() if self.training else torch.no_grad():
+                    error = (y.detach().to(dtype) - self.predictor(y.detach(), history, call.positions)).pow(2).sum(-1)
+                    real = torch.ones_like(error, dtype=torch.bool) if call.real() is None else call.real()
+                    found["loss"] = error.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
+                error = error.detach()
+            else:
+                weights = predictor_weights(self.config, dtype, y.device)
+                error = prediction_error(y, history, call.positions, weights)
+            error = error.nan_to_num(nan=-1, posinf=torch.inf)  # NaN: below every error, above "no token"
+        else:
+            scores = {
+                "random": partial(hash_scores, salt=self.layer_idx),
+                "recent": torch.clone,
+                "oldest": torch.zeros_like,
+            }
+            error = scores[choice](call.positions).to(dtype).expand(y.shape[:2])
+        real = call.real()
+        found["innovation"] = error if real is None else error.masked_fill(~real, -torch.inf)
+        return found
+
+    # -- one token -----------------------------------------------------------------------------------------------------
+
+    def attend_single(self, u, y, innovation, call: Call, state):
+        """The mix for one token of each row, what of the state attention keeps, and the memory of the token's chunk."""
+        step = call.step
+        query = self.query_heads(self.q_proj(u))
+        if self.fades and self.tied:  # one product for both
+            both = torch.cat([u, y], 1)
+            key, value = self.k_proj(both), self.v_proj(both)
+        else:
+            key, value = self.k_proj(u), self.v_proj(u)
+            if self.fades:
+                key = torch.cat([key, self.fading_k_proj(y)], 1)
+                value = torch.cat([value, self.fading_v_proj(y)], 1)
+        if self.asks_twice:
+            key = torch.cat([self.key_heads(key[:, :1]), self.key_heads(key[:, 1:], self.fading_k_norm)], 1)
+        else:
+            key = self.key_heads(key)
+        value = self.heads(value)
+        heads, rings = query.shape[2], key.shape[1]
+        queries = [query, query] if self.memory else [query]
+        if self.asks_twice:
+            queries.append(self.query_heads(self.fading_q_proj(u), self.fading_q_norm))
+        turned = rotate.definition(
+            torch.cat([*queries, key.reshape(len(key), 1, -1, key.shape[3])], 2), step.cos, step.sin
+        )
+        kept = self.put(state, call, turned[:, 0, len(queries) * heads :].unflatten(1, (rings, -1)), value)
+        positions = eidetic_query = fading_query = None
+        if self.asks_twice:
+            fading_query = turned[:, :, (len(queries) - 1) * heads : len(queries) * heads]
+        if self.memory:
+            slot = step.index["bmojo"][:, 0, :1, 0]
+            kept["window_innovation"] = call.put(state["window_innovation"], 1, slot, innovation)
+            kept |= {name: state[name] for name in ("eidetic_innovation", "eidetic_position")}
+            if step.boundary is not None:
+                kept = self.cross_boundary(kept, call)
+            positions = kept["eidetic_position"][:, None]
+            eidetic_query = turned[:, :, heads : 2 * heads]
+        mixed = self.attend_to_cache(kept, call, turned[:, :, :heads], eidetic_query, fading_query)
+        return mixed, kept, positions
+
+    def cross_boundary(self, state, call: Call):
+        """The state after a chunk boundary: the c tokens that the boundary lets in, merged for the rows at one."""
+        positions = call.past_column - self.window - self.chunk + 1 + torch.arange(self.chunk, device=call.past.device)
+        slots = positions % state["window_innovation"].shape[1]
+        key, value = (take_rows(self.in_cache(state, name, "window"), slots) for name in ("key", "value"))
+        scores = state["window_innovation"].gather(1, slots)
+        scores = scores.masked_fill(~(call.step.boundary & (positions >= 0)), -torch.inf)
+        scores = torch.cat([state["eidetic_innovation"], scores], 1)
+        index = select(scores, self.memory)
+        entering = {"key": rotate(key, *call.table(positions.clamp(min=0), inverse=True)), "value": value}
+        new = state | {
+            "eidetic_innovation": scores.gather(1, index),
+            "eidetic_position": torch.cat([state["eidetic_position"], positions], 1).gather(1, index),
+        }
+        for name, tokens in entering.items():
+            tokens = take_rows(torch.cat([self.in_cache(state, name, "eidetic"), tokens], 1), index).transpose(1, 2)
+            if call.may_overwrite(state[name]):
+                state[name][:, :, self.slots["eidetic"]] = tokens
+            else:
+                new[name] = torch.cat([state[name][:, :, : self.slots["eidetic"].start], tokens], 2)
+        return new
+
+    # -- many tokens ---------------------------------------------------------------------------------------------------
+
+    def attend(self, u, y, innovation, call: Call, state):
+        """The mix for all tokens, what of the state attention keeps ({} without cache), and the memories of all chunks."""
+        query, key = self.query_heads(self.q_proj(u)), self.key_heads(self.k_proj(u))
+        spans = {"window": (rotate(key, call.cos, call.sin), self.heads(self.v_proj(u)))}
+        if self.fades:
+            spans["fading"] = self.fading_tokens(y, call)
+        base = 0 if call.past is None else call.past[:, None] - call.phase
+        length = call.seq_len + call.lead
+        window = self.with_past(spans["window"], "window", call, state, base, self.window - 1, length)
+        fading, fading_query = (None, None), None
+        if self.asks_twice:
+            fading_query = self.query_heads(self.fading_q_proj(u), self.fading_q_norm)
+            fading_query = call.align(rotate(fading_query, call.cos, call.sin))
+        if self.fades:
+            fading = self.with_past(spans["fading"], "fading", call, state, base, 2 * self.window - 1, length)
+        eidetic, kept, positions = [None] * 4, {}, None
+        if self.memory:
+            entries = self.entries(key, spans["window"][1], innovation, call, state, base, length)
+            memory, after = self.memories(entries, call, base, length)
+            if state is not None:
+                kept = {f"eidetic_{name}": take_rows(entries[name], after) for name in entries}
+                kept["window_innovation"] = write_ring(state["window_innovation"], innovation, call)
+            positions = self.seen(entries["position"], memory, call, base)
+            turned = rotate(query, *call.table(torch.full((1, 1), 2 * self.window, device=query.device)))
+            eidetic = [call.align(turned), *self.eidetic_entries(entries, memory, call)]
+        mixed = memory_attention(
+            *(call.align(rotate(query, call.cos, call.sin)), *window, *fading, *eidetic),
+            past=None if call.past is None else base[:, 0],
+            fading_query=fading_query,
+            window=self.window,
+            chunk_size=self.chunk,
+            scale=self.scale,
+        )
+        if state is not None:
+            memory = [kept.pop(f"eidetic_{name}") for name in ("key", "value")] if self.memory else []
+            kept |= self.into_cache(state, spans, call, *memory)
+        return call.unalign(mixed), kept, positions
+
+    def fading_tokens(self, y, call: Call):
+        """Keys (rotated) and values of the SSM's outputs."""
+        tied = self.tied
+        key = (self.k_proj if tied else self.fading_k_proj)(y)
+        value = (self.v_proj if tied else self.fading_v_proj)(y)
+        norm = self.fading_k_norm if self.asks_twice else self.k_norm
+        return rotate(self.key_heads(key, norm), call.cos, call.sin), self.heads(value)
+
+    def eidetic_key(self, key, call: Call):
+        """Keys of a memory (..., eidetic_size, kv heads, head_dim), turned back by their rank where that counts."""
+        if not self.ranked:
+            return key if call.scaling == 1 else rotate(key, *call.table(torch.zeros(1, 1, device=key.device)))
+        ranks = torch.arange(self.memory, 0, -1, device=key.device)  # the last place holds the newest: rank 1
+        return rotate(key, *call.table(-ranks))
+
+    def entries(self, key, value, innovation, call: Call, state, base, length: int):
+        """Everything that can be in a memory of the call, in the order of time, with keys that are not rotated.
+
+        The memory before the call, then its tokens, with a past from the first on that may enter.
+
+        Returns:
+            "key", "value" (rows, entries, kv heads, head_dim), "innovation" and "position" (rows, entries); the
+            latter -inf and -1 where there is nothing, or nothing that may enter.
+        """
+        rows, tokens = key.shape[0], {"key": key, "value": value, "innovation": innovation}
+        if call.past is None:
+            positions = call.positions.expand(rows, -1)
+            before = {
+                "innovation": innovation.new_full((rows, self.memory), -torch.inf),
+                "position": positions.new_full((rows, self.memory), -1),
+            }
+            before |= {name: tokens[name].new_zeros(rows, self.memory, *key.shape[2:]) for name in ("key", "value")}
+        else:
+            ring = {name: self.in_cache(state, name, "window") for name in ("key", "value")}
+            held = ring_positions(ring["key"], call.past_column - 1).clamp(min=0)
+            ring["key"] = rotate(ring["key"].to(key.dtype), *call.table(held, inverse=True))
+            ring["innovation"] = state["window_innovation"]
+            start, slots = base - self.window - self.chunk + 1, -(-length // self.chunk) * self.chunk
+            tokens = {name: timeline(token, ring[name], call, start, slots) for name, token in tokens.items()}
+            slots = torch.arange(slots, device=key.device)
+            positions = start + slots
+            exists = (positions >= 0) & (positions < call.end())
+            exists &= (call.phase == 0) | (slots >= self.chunk)  # in the middle of a chunk, these came before
+            positions = positions.masked_fill(~exists, -1)
+            tokens["innovation"] = tokens["innovation"].masked_fill(~exists, -torch.inf)
+            before = {name: self.in_cache(state, name, "eidetic") for name in ("key", "value")}
+            before |= {name: state[f"eidetic_{name}"] for name in ("innovation", "position")}
+        tokens["position"] = positions
+        return {name: torch.cat([before[name].to(token.dtype), token], 1) for name, token in tokens.items()}
+
+    @torch.no_grad()
+    def memories(self, entries, call: Call, base, length: int):
+        """Which entries the queries of each chunk see, (rows, chunks, eidetic_size), -1 for none; and those after the call."""
+        scores, size = entries["innovation"], self.memory
+        kept = torch.arange(-size, 0, device=scores.device).expand(len(scores), size)
+        first = 0 if call.past is not None else 1 - self.window - self.chunk
+        chunks = -(-length // self.chunk)
+        found = size + running_selection(scores[:, size:], scores[:, :size], kept, first, self.chunk, chunks)
+        last = torch.div(call.end() - 1 - base, self.chunk, rounding_mode="floor") + 1  # 0: the memory before the call
+        after = found.gather(1, last[..., None].expand(len(scores), 1, size))[:, 0]
+        exists = entries["position"].gather(1, found[:, 1:].flatten(1)).view_as(found[:, 1:]) >= 0
+        return found[:, 1:].masked_fill(~exists, -1), after
+
+    def eidetic_entries(self, entries, memory, call: Call):
+        """Keys, values and the memories' places in them, as attention wants them."""
+        if not self.ranked:
+            return self.eidetic_key(entries["key"], call), entries["value"], memory
+        chosen = (take_rows(entries[name], memory.flatten(1).clamp(min=0)) for name in ("key", "value"))
+        key, value = (x.unflatten(1, memory.shape[1:]) for x in chosen)  # a key turns with its rank, memory by memory
+        places = torch.arange(memory[0].numel(), device=memory.device).view(memory.shape[1:])
+        return self.eidetic_key(key, call).flatten(1, 2), value.flatten(1, 2), places.where(memory >= 0, -1)
+
+    def seen(self, positions, memory, call: Call, base):
+        """Positions (rows, chunks, eidetic_size) of the memories, without those of chunks that no token of a row is in."""
+        found = positions.gather(1, memory.flatten(1).clamp(min=0)).view_as(memory).masked_fill(memory < 0, -1)
+        used = -(-(call.end() - base) // self.chunk)
+        found = found.masked_fill((torch.arange(memory.shape[1], device=memory.device) >= used)[..., None], -1)
+        return found[:, : max(1, int(used.max()))] if not torch.compiler.is_compiling() else found
+
+
+class BMojoPredictor(nn.Module):
+    """The learnable causal predictor of the SSM's outputs: weight (innovation_kernel, hidden_size), row k - 1 for y_{t-k}."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.full((config.innovation_kernel, config.hidden_size), 1 / config.innovation_kernel)
+        )
+
+    def forward(self, y, history, positions):
+        return predict(y, history, positions, self.weight)
+
+
+class BMojoHybridMixer(BMojoAttention):
+    """Full attention and an SSM side by side: both read the input, and their outputs are added, as in Falcon-H1."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.ssm = SSM_CLASSES[config.ssm_type](config)
+        self.multipliers = [getattr(config, f"{part}_multiplier") for part in ("ssm_in", "attention_in")]
+        self.multipliers += [getattr(config, f"{part}_multiplier") for part in ("ssm_out", "attention_out")]
+
+    def forward(self, u, call: Call, state=None):
+        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
+        ssm_in, attention_in, ssm_out, attention_out = self.multipliers
+        y, kept, _ = self.ssm(u * ssm_in, call, state)
+        mixed, new, _ = super().forward(u * attention_in, call, state)
+        return y * ssm_out + mixed * attention_out, (None if state is None else kept | new), {}
+
+
+MIXER_CLASSES = {
+    "bmojo": BMojoMixer,
+    "sliding_attention": BMojoWindowAttention,
+    "full_attention": BMojoAttention,
+    "hybrid": BMojoHybridMixer,
+}

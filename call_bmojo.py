@@ -1,0 +1,308 @@
+"""What all layers of a forward call share: positions, lengths, rotary tables, rings; and how tokens are laid out in time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .cache_bmojo import memory_slots
+from .layout_bmojo import PackedLayout, Rows
+from .numerics_bmojo import at_least_float32
+
+
+@dataclass
+class Step:
+    """What every layer needs to answer one token of each row from the cache.
+
+    Attributes:
+        index: by layer type the slots that the token is written to, one of every ring, (rows, 1, rings, 1) int64.
+        mask: by layer type what is added to the scores of all slots, (rows or rows * kv heads, 1, slots): 0 or -inf.
+        cos, sin: for queries, queries of the eidetic memory, of fading keys (as far as there are) and keys, side by side as
+            heads, (rows, 1, heads, head_dim); times the scale of the scores for queries.
+        predictor: weights of the outputs in `history` for the prediction of this one, (rows, 1, innovation_kernel).
+        boundary: rows that begin a chunk, (rows, 1) bool; None where none does.
+    """
+
+    index: dict[str, torch.Tensor]
+    mask: dict[str, torch.Tensor]
+    cos: torch.Tensor
+    sin: torch.Tensor
+    predictor: torch.Tensor
+    boundary: torch.Tensor | None
+
+    def row(self, number: int, rows: int) -> "Step":
+        """The step of one of the rows, for `rows` rows that are all as far."""
+        own = slice(number, number + 1)
+        index = {name: part[own].expand(rows, -1, -1, -1) for name, part in self.index.items()}
+        mask = {name: part[own] for name, part in self.mask.items()}
+        return Step(index, mask, self.cos[own], self.sin[own], self.predictor[own].expand(rows, -1, -1), None)
+
+
+@dataclass
+class Call:
+    """What the layers need to know about one forward call on rows whose real tokens stand at the front.
+
+    Attributes:
+        past: tokens that came before, (rows,) int64; None where no cache is given, that is: none.
+        lengths: real tokens of the call, (rows,) int64; None: all of them are.
+        positions: position of every token in its row, (rows or 1, seq_len) int64.
+        table: from positions (...) to cos and sin (..., head_dim); `inverse=True` for the opposite rotation. Where only a
+            part of a head is rotated, sin is as wide as that part, and cos 1 beyond it.
+        cos, sin: the table at `positions`.
+        scaling: the factor that is on them (attention scaling of YaRN; 1 else).
+        in_place: states may be overwritten: no gradient is recorded and nothing will be rolled back.
+        any_mode: whether torch lets this call write what was made in inference mode.
+        fixed_columns: the keys of full attention have all their room already (`max_cache_len`).
+        phase: how far into its chunk a row is before the call, (rows, 1) int64; None without past.
+        lead: the largest phase, or chunk - 1 where asking would stop a GPU or a compiler.
+        step: of a single token with a cache.
+    """
+
+    past: torch.Tensor | None
+    lengths: torch.Tensor | None
+    positions: torch.Tensor
+    table: Callable
+    cos: torch.Tensor
+    sin: torch.Tensor
+    scaling: float
+    in_place: bool
+    any_mode: bool
+    fixed_columns: bool
+    phase: torch.Tensor | None
+    lead: int
+    step: Step | None
+
+    @property
+    def seq_len(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def past_column(self) -> torch.Tensor | int:
+        """`past` as a column, (rows, 1), or 0."""
+        return 0 if self.past is None else self.past[:, None]
+
+    def real(self) -> torch.Tensor | None:
+        """(rows, seq_len) bool, False behind a row's last token; None where all are real."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.seq_len, device=self.lengths.device) < self.lengths[:, None]
+
+    def to(self, device, **kwargs) -> "Call":
+        """The call on another device: what accelerate's hooks ask of an argument when layers are spread over devices."""
+
+        def move(value):
+            if isinstance(value, dict):
+                return {name: move(part) for name, part in value.items()}
+            if isinstance(value, Step):
+                return Step(**move(vars(value)))
+            return value.to(device, **kwargs) if isinstance(value, torch.Tensor) else value
+
+        return Call(**move(vars(self)))
+
+    def end(self) -> torch.Tensor:
+        """Position behind the last real token, (rows or 1, 1)."""
+        new = self.seq_len if self.lengths is None else self.lengths[:, None]
+        return self.past_column + new + torch.zeros_like(self.positions[:, :1])
+
+    def align(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, seq_len, ...) to (rows, lead + seq_len, ...), every row beginning with its first chunk."""
+        if not self.lead:
+            return x
+        slots = torch.arange(self.lead + self.seq_len, device=x.device) - self.phase
+        return take_rows(x, slots.clamp(min=0, max=self.seq_len - 1))
+
+    def unalign(self, x: torch.Tensor) -> torch.Tensor:
+        """The way back."""
+        return take_rows(x, self.phase + torch.arange(self.seq_len, device=x.device)) if self.lead else x
+
+    def may_overwrite(self, state: torch.Tensor) -> bool:
+        """Whether a tensor of the cache may be written in place: no open graph needs it as it is."""
+        return self.in_place and not state.requires_grad and (self.any_mode or not state.is_inference())
+
+    def put(self, state: torch.Tensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """The state with `new` scattered at `index` along `dim`, for rows that have a token."""
+        new = new if new.dtype is state.dtype else new.to(state.dtype)
+        if self.lengths is not None:
+            wanted = (self.lengths > 0).view(-1, *[1] * (state.dim() - 1))
+            new = torch.where(wanted, new, state.gather(dim, index))
+        return state.scatter_(dim, index, new) if self.may_overwrite(state) else state.scatter(dim, index, new)
+
+
+@dataclass
+class PackedCall:
+    """A call on packed documents: a `Call` for every group of documents of similar length.
+
+    Attributes:
+        groups: the documents as `Rows`, their `Call`, and which of the flattened rows' places are real tokens.
+        where: places of those tokens in the flattened input, group after group.
+        order: for the rows of all groups, one after the other, how to put them in the order of the documents.
+    """
+
+    groups: list[tuple[Rows, Call, torch.Tensor]]
+    where: torch.Tensor
+    order: torch.Tensor
+
+    @classmethod
+    def of(cls, layout: PackedLayout, make_call: Callable[[Rows], Call]) -> "PackedCall":
+        groups = [(rows, make_call(rows), rows.real.flatten().nonzero().squeeze(-1)) for rows in layout.groups]
+        where = torch.cat([rows.index.flatten()[taken] for rows, _, taken in groups])
+        return cls(groups, where, torch.cat(layout.members).argsort())
+
+    def to(self, device, **kwargs) -> "PackedCall":
+        """As `Call.to`."""
+        groups = []
+        for rows, call, taken in self.groups:
+            moved = Rows(rows.index.to(device, **kwargs), rows.real.to(device, **kwargs))
+            groups.append((moved, call.to(device, **kwargs), taken.to(device, **kwargs)))
+        return PackedCall(groups, self.where.to(device, **kwargs), self.order.to(device, **kwargs))
+
+    def mix(self, mixer: nn.Module, u: torch.Tensor):
+        """The mixer's output on every document, in the places of the input, (batch, seq_len, hidden_size); and its memory."""
+        found = [mixer(rows.to_rows(u), call) for rows, call, _ in self.groups]
+        memories = [memory for _, _, memory in found]
+        together = {}
+        if "innovation" in memories[0]:
+            together["innovation"] = self._back([memory["innovation"] for memory in memories], u.shape[:2])
+        if "positions" in memories[0]:
+            chunks = max(memory["positions"].shape[1] for memory in memories)
+            padded = [F.pad(m["positions"], (0, 0, 0, chunks - m["positions"].shape[1]), value=-1) for m in memories]
+            together["positions"] = torch.cat(padded)[self.order]
+        if "loss" in memories[0]:
+            shares = [len(taken) / len(self.where) for _, _, taken in self.groups]
+            together["loss"] = sum(share * memory["loss"] for share, memory in zip(shares, memories, strict=True))
+        return self._back([output[0] for output in found], u.shape[:2]), together
+
+    def _back(self, parts: list[torch.Tensor], shape) -> torch.Tensor:
+        """Rows of every group (rows, columns, ...) to (batch, seq_len, ...), zero for padding."""
+        taken = [
+            part.flatten(0, 1).index_select(0, taken) for part, (_, _, taken) in zip(parts, self.groups, strict=True)
+        ]
+        tokens = torch.cat(taken)
+        empty = tokens.new_zeros(shape.numel(), *tokens.shape[1:])
+        return empty.index_copy(0, self.where, tokens).view(*shape, *tokens.shape[1:])
+
+
+def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x[row, index[row]]: (rows, n, ...) and (rows, m) to (rows, m, ...)."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (rows + index).flatten()).view(*index.shape, *x.shape[2:])
+
+
+def timeline(new, ring, call: Call, start, length: int):
+    """Lay out past and new tokens by position: slot i holds the token at position start + i.
+
+    Args:
+        new: tokens of the call, (rows, seq_len, ...).
+        ring: the last tokens before them, position p in slot p % size, (rows, size, ...).
+        start: position of slot 0, (rows, 1) int64.
+        length: number of slots.
+
+    Returns:
+        (rows, length, ...). What is not held (before position 0, overwritten in the ring, or behind the call) is
+        another token, or what the ring began with.
+    """
+    slots = start + torch.arange(length, device=new.device)
+    size = ring.shape[1]
+    index = torch.where(
+        slots >= call.past_column, size + (slots - call.past_column).clamp(max=new.shape[1] - 1), slots % size
+    )
+    return take_rows(torch.cat([ring.to(new.dtype), new], 1), index)
+
+
+def write_ring(ring, new, call: Call):
+    """The ring after the call: position p in slot p % size, for every row's last real tokens."""
+    size = ring.shape[1]
+    slots = torch.arange(size, device=ring.device)
+    last = call.end() - 1
+    position = last - (last - slots) % size  # the newest position that belongs in each slot
+    index = (position - call.past_column).clamp(min=0, max=new.shape[1] - 1).expand(ring.shape[0], size)
+    is_new = ((position >= call.past_column) & (position >= 0)).expand(ring.shape[0], size)
+    return torch.where(is_new.view(*is_new.shape, *[1] * (ring.dim() - 2)), take_rows(new, index).to(ring.dtype), ring)
+
+
+def ring_positions(ring, last):
+    """Position held by each slot of a ring whose newest token is at `last` (rows or 1, 1); negative where empty."""
+    slots = torch.arange(ring.shape[1], device=ring.device)
+    return last - (last - slots) % ring.shape[1]
+
+
+def last_rows(previous, new, lengths):
+    """The last tokens of (previous, new) in a buffer as long as `previous`, given the real lengths of `new`."""
+    size = previous.shape[1]
+    if lengths is None:
+        both = torch.cat([previous.to(new.dtype), new[:, max(0, new.shape[1] - size) :]], 1)
+        return both[:, both.shape[1] - size :]
+    both = torch.cat([previous.to(new.dtype), new], 1)
+    return take_rows(both, lengths[:, None] + torch.arange(size, device=new.device))
+
+
+def predictor_weights(config, dtype, device) -> torch.Tensor:
+    """Weights of the fixed predictors, (innovation_kernel,), the newest output's first."""
+    ages = torch.arange(config.innovation_kernel, dtype=dtype, device=device)
+    if config.innovation_predictor == "exponential" and config.innovation_kernel > 1:
+        return (1 - 2 / (config.innovation_kernel + 1)) ** (1 + ages)
+    return torch.ones_like(ages)
+
+
+def score_scale(config) -> float:
+    """The factor on the scores of attention."""
+    return config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
+
+
+def step_plan(config) -> SimpleNamespace:
+    """What `make_step` reads of the configuration, whose own attributes are slow to read."""
+    names = (
+        "sliding_window eidetic_size eidetic_chunk_size eidetic_position fading_span innovation_kernel "
+        "innovation_predictor num_attention_heads num_key_value_heads head_dim fading_query"
+    )
+    plan = SimpleNamespace(**{name: getattr(config, name) for name in names.split()})
+    plan.softmax_scale = score_scale(config)
+    kinds = sorted(set(config.layers_block_type) & {"sliding_attention", "bmojo"})
+    plan.slots = {layer_type: memory_slots(config, layer_type) for layer_type in kinds}
+    return plan
+
+
+def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float) -> Step:
+    """Work out a `Step`, but for its boundary, for rows that have seen `past` (rows,) tokens.
+
+    config is a `step_plan`, `like` gives dtype and device, table and scaling are those of `Call`.
+    """
+    dtype, device = at_least_float32(like), past.device
+    position, rows = past[:, None], len(past)
+    index, mask = {}, {}
+    for layer_type, slots in config.slots.items():
+        written, visible = [], []
+        for span, newest in (("window", 0), ("fading", config.sliding_window)):
+            if span in slots:
+                size = slots[span].stop - slots[span].start
+                age = (position - torch.arange(size, device=device)) % size
+                visible.append((age >= newest) & (age < newest + config.sliding_window) & (age <= position))
+                written.append(slots[span].start + position % size)
+        if "eidetic" in slots:  # filled from the back with the tokens that have left the window at the chunk's start
+            begun = position - position % config.eidetic_chunk_size - config.sliding_window + 1
+            visible.append(torch.arange(config.eidetic_size, 0, -1, device=device) <= begun)
+        index[layer_type] = torch.cat(written, 1)[:, None, :, None]
+        unseen = torch.zeros(1, dtype=dtype, device=device).masked_fill(~torch.cat(visible, 1), -torch.inf)
+        mask[layer_type] = unseen[:, None]
+
+    queries, keys = config.num_attention_heads, config.num_key_value_heads * (2 if config.fading_span else 1)
+    at = [position.expand(rows, queries), position.expand(rows, keys)]
+    if config.eidetic_size:
+        at.insert(1, torch.full_like(at[0], 2 * config.sliding_window))
+    if config.fading_query:
+        at.insert(-1, at[0])
+    cos, sin = table(torch.cat(at, 1)[:, None])
+    rotated = sin.shape[-1]
+    factor = torch.ones(cos.shape[2], 1 if scaling == 1 else cos.shape[-1], dtype=dtype, device=device)
+    factor[: cos.shape[2] - keys] = config.softmax_scale
+    if config.eidetic_size and config.eidetic_position == "constant":
+        factor[queries : 2 * queries, :rotated] *= scaling  # as `eidetic_key`
+    cos, sin = cos * factor, sin * factor[:, :rotated]
+
+    ages = torch.arange(config.innovation_kernel, 0, -1, device=device)  # the oldest comes first
+    weights = predictor_weights(config, dtype, device).flip(0) * (ages <= position)
+    total = weights.sum(-1, keepdim=True)
+    return Step(index, mask, cos, sin, (weights / torch.where(total > 0, total, 1))[:, None], None)
