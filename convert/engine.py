@@ -245,6 +245,7 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
     missing = sorted(used - stored.keys())
     if missing:
         raise Refusal(f"the checkpoint lacks {len(missing)} tensors that its config.json means: {listed(missing)}.")
+    check_rotary_tables(stored, config)
     drop_unused(stored, used, form.duplicates(fields), form.ignored(fields), say)
     check_floating(stored)
     check_tensors(stored, form.shapes(fields), "config.json")
@@ -254,6 +255,22 @@ def read_source(folder: Path, say: Callable[[str], None]) -> Source:
     tensors = {name: join(pieces, stored, wanted[name]) for name, pieces in mapping.items()}
     dynamics = {piece.name for name, pieces in mapping.items() if ours.is_dynamics(name) for piece in pieces}
     return Source(folder, fields, form, config, {name: tensors[name] for name in wanted}, dynamics)
+
+
+def check_rotary_tables(stored: dict[str, Stretch], config) -> None:
+    """Compare the frequencies that old files hold, and nothing is made of, with those that the configuration means.
+
+    Raises:
+        Refusal: they differ by more than half precision explains.
+    """
+    for name, tensor in stored.items():
+        if name.endswith("rotary_emb.inv_freq"):
+            want = ours.load_class("modeling_bmojo.rotary_frequencies")(config)[0].float()
+            found = tensor.whole().float() if tensor.dtype is not None and tensor.shape == want.shape else None
+            if found is None or not torch.allclose(found, want, rtol=1e-2, atol=1e-7):
+                raise Refusal(
+                    f"{name} does not hold the rotary frequencies that config.json means; one of them is wrong."
+                )
 
 
 def drop_unused(stored: dict[str, Stretch], used: set[str], duplicates: dict, ignored: dict, say: Callable) -> None:

@@ -369,8 +369,7 @@ def attention_error(length: int, seed: int = 0) -> float:
 
 def scan_definition() -> Callable:
     """`selective_scan` of ops_bmojo.py."""
-    model_class = get_class_from_dynamic_module("modeling_bmojo.BMojoModel", str(ROOT))
-    return sys.modules[model_class.__module__].selective_scan.definition
+    return get_class_from_dynamic_module("ops_bmojo.selective_scan", str(ROOT))
 
 
 def diagonal_errors(size: int, length: int) -> tuple[float, float]:

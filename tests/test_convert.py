@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -279,7 +280,9 @@ def test_tied_embeddings_that_are_stored_twice(source, tmp_path, capsys):
     edit(source, tie_word_embeddings=True)
     weights = load_file(source / "model.safetensors")
     weights |= {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
-    weights |= {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(3)}
+    config = LlamaConfig.from_pretrained(source)
+    frequencies = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    weights |= {"model.layers.1.self_attn.rotary_emb.inv_freq": frequencies}
     save_file(weights, source / "model.safetensors")
     result = convert(source, tmp_path / "result", progress=False)
     told = capsys.readouterr().out
@@ -290,6 +293,13 @@ def test_tied_embeddings_that_are_stored_twice(source, tmp_path, capsys):
     save_file(weights, source / "model.safetensors")
     with pytest.raises(Refusal, match="differs"):
         silently(source, tmp_path / "again")
+    for wrong in (frequencies * 1.1, frequencies[1:], torch.arange(len(frequencies))):
+        save_file(
+            weights | {"model.layers.1.self_attn.rotary_emb.inv_freq": wrong.contiguous()},
+            source / "model.safetensors",
+        )
+        with pytest.raises(Refusal, match="does not hold the rotary frequencies"):
+            silently(source, tmp_path / "again")
 
 
 def test_force_replaces_a_model_folder_only_after_success(source, tmp_path):
@@ -511,8 +521,10 @@ def test_failed_verification_leaves_nothing(source, tmp_path, monkeypatch):
     assert_nothing_left(tmp_path, "source")
 
 
-def test_interruption_leaves_nothing(source, tmp_path, capfd, monkeypatch):
+def test_interruption_leaves_nothing(source, tmp_path, capfd, monkeypatch, request):
     change(source, lambda tensors: tensors[EMBEDDING][3].fill_(torch.nan))
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     for number in (signal.SIGINT, signal.SIGTERM):
         monkeypatch.setattr(write, "say_not_finite", lambda *_, number=number: signal.raise_signal(number))
         assert main([str(source), str(tmp_path / "result")]) == 130
