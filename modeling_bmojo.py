@@ -130,6 +130,7 @@ class BMojoPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BMojoDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["dynamics"]  # as files have them, where weights are loaded in half precision
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True  # of the two names that transformers sets by itself; the layers choose their own formulation
     _is_stateful = False  # the cache rolls back exactly: see BMojoCache.crop
