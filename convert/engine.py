@@ -154,7 +154,7 @@ def convert(
             )
     size = sum(target.bytes for target in targets)
     say(
-        f"{destination} has {len(targets)} tensors, {size / 1e9:.3g} GB"
+        f"{destination} has {len(targets)} tensors, {readable(size)}"
         + (f", and {', '.join(along)}." if along else ".")
     )
     return destination
@@ -195,6 +195,14 @@ def size_in_bytes(size: str | int) -> int:
     if found < 1:
         raise Refusal(f"--max-shard-size is {size!r}; give a number of bytes such as 5GB or 200MB.")
     return found
+
+
+def readable(size: int) -> str:
+    """Bytes as people read them: "2.14 GB"."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if size >= 10**power:
+            return f"{size / 10**power:.3g} {unit}"
+    return f"{size} bytes"
 
 
 def target_dtype(tensor: Stretch, wanted: torch.dtype | None, is_dynamics: bool) -> torch.dtype:
