@@ -13,6 +13,10 @@ def bmojo(base: dict = EIGHT, variation: str | None = None, model: str = "bmojo"
     return base | {"model": model, "fields": fields, "variation": variation}
 
 
+# Mamba2 as it is usually built, twice as wide inside, with as many floats of memory as the B'MOJO stack has
+MAMBA2 = {"model": "mamba2", "fields": {"expand": 2, "state_size": 32}}
+
+
 def sixteen(filler: str, steps: int = 4000, **row) -> dict:
     """16 pairs behind 16 tokens of filler, learned in stages."""
     base = {"task_fields": {"filler": filler, "lead": 16}, "stages": ((4, 32), (8, 64), (16, 128))}
@@ -25,7 +29,7 @@ def sixteen_rows(filler: str) -> dict:
     """Equal floats of memory, about 9,000, but for Mamba2, which gets 11,500 and twice the steps."""
     return {
         "bmojo-m32": sixteen(filler, model="bmojo", fields={"eidetic_size": 32}),
-        "mamba2": sixteen(filler, steps=8000, model="mamba2", fields={"state_size": 80}),
+        "mamba2": sixteen(filler, steps=8000, model="mamba2", fields={"expand": 2, "state_size": 40}),
         "hybrid": sixteen(filler, model="hybrid", fields={"state_size": 64}),
         "sliding": sixteen(filler, model="sliding", window=32),
     }
@@ -50,6 +54,7 @@ SUITES = {
         "bmojo-f": bmojo(model="bmojo-f"),
         "bmojo-all": bmojo(model="bmojo-all"),
         "bmojo-all-add-fading-token": bmojo(model="bmojo-all", variation="add-fading-token"),
+        "mamba2-expand2-state32": EIGHT | MAMBA2,
         "mamba2": EIGHT | {"model": "mamba2"},
         "mamba2-state64": EIGHT | {"model": "mamba2", "fields": {"state_size": 64}},
         "sliding": EIGHT | {"model": "sliding"},
@@ -60,6 +65,7 @@ SUITES = {
     "length": {
         "bmojo": bmojo(REPEATED),
         "bmojo-random-choice": bmojo(REPEATED, innovation_predictor="random"),
+        "mamba2-expand2-state32": REPEATED | MAMBA2,
         "mamba2": REPEATED | {"model": "mamba2"},
         "mamba2-state64": REPEATED | {"model": "mamba2", "fields": {"state_size": 64}},
         "hybrid": REPEATED | {"model": "hybrid"},

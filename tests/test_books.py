@@ -1,0 +1,115 @@
+"""The program that trains on books at one length and measures beyond it: what its figures mean."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+import books  # noqa: E402
+import recall_report  # noqa: E402
+from common import save_tokenizer  # noqa: E402
+from pretrain import build_model, get_class_from_dynamic_module  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+
+def test_all_models_have_as_many_parameters():
+    config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
+    model_class = get_class_from_dynamic_module("modeling_bmojo.BMojoForCausalLM", str(ROOT))
+    for name, (model, _) in books.MODELS.items():
+        config = config_class(**json.loads(json.dumps(books.make_config(name, 4096, 1_300_000))))
+        with torch.device("meta"):
+            made = model_class(config)
+        assert abs(sum(p.numel() for p in made.parameters()) - 1_300_000) < 0.002 * 1_300_000
+        assert config.num_hidden_layers == books.LAYERS
+        assert ("bmojo" in config.layers_block_type) == ("bmojo" in model)
+        assert (config.eidetic_size == 0) == (model == "bmojo-f")
+
+
+def test_pairs_and_how_long_ago_they_were():
+    ids = np.array([5, 6, 7, 5, 6, 5, 6, 9], dtype=np.uint16)
+    assert len(set(books.pair_keys(ids))) == 5  # (5, 6) occurs three times
+    assert books.pair_keys(ids)[0] == books.pair_keys(ids)[3] != books.pair_keys(np.array([6, 5]))[0]
+    assert books.distances(ids).tolist() == [0, 0, 0, 3, 0, 2, 0]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The folder of a tiny model with random weights, as pretrain.py leaves it, and a book."""
+    tokenizer = AutoTokenizer.from_pretrained(str(ROOT), trust_remote_code=True)
+    config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
+    config = config_class(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        sliding_window=8, eidetic_size=8, eidetic_chunk_size=8, mamba_head_dim=16, state_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    build_model(config).save_pretrained(tmp_path / "m" / "final")
+    save_tokenizer(tokenizer, tmp_path / "m" / "final")
+    (tmp_path / "m" / "log.jsonl").write_text(json.dumps({"step": 3, "tokens": 12, "seconds": 1.5, "loss": 1}) + "\n")
+    words = ["one", "two", "three", "four", "five", "six", "seven"]
+    rng = np.random.default_rng(0)
+    (tmp_path / "book.txt").write_text(" ".join(rng.choice(words, 2000)))
+    (tmp_path / "short.txt").write_text("too short")
+    return tmp_path
+
+
+def test_what_is_measured(trained):
+    args = argparse.Namespace(length=1024, seq_len=256, max_books=5)
+    text = [trained / "book.txt", trained / "short.txt"]
+    everything = books.measure(trained / "m" / "final", text, np.array([], dtype=np.int64), args)
+    assert everything["books"] == ["book.txt"]
+    assert everything["tokens"] == 12
+    assert list(everything["positions"]) == ["0-256", "256-512", "512-1024"]
+    total = sum(
+        (high - low) * values[0]
+        for (low, high), values in zip(
+            ((0, 256), (256, 512), (512, 1024)), everything["positions"].values(), strict=True
+        )
+    )
+    counts = [values[0][1] for values in everything["rare"].values()]
+    assert sum(counts) == 1024
+    assert sum(values[0][0] for values in everything["rare"].values()) == pytest.approx(total)
+    assert total / 1024 == pytest.approx(math.log(4096), rel=0.2)  # it knows nothing
+    ids = AutoTokenizer.from_pretrained(str(ROOT), trust_remote_code=True)(text[0].read_text())["input_ids"][:1024]
+    nothing = books.measure(trained / "m" / "final", text, np.unique(books.pair_keys(np.array([0, *ids]))), args)
+    left = sum(values[0][1] for values in nothing["rare"].values())
+    assert left <= 1  # the pair of the end-of-text token with the first word
+    table = books.summarise({"m": everything}, 256)
+    assert f"{everything['positions']['256-512'][0]:.3f}" in table
+    books.plot({"m": everything, "n": nothing}, 256, trained / "books.png")
+    assert (trained / "books.png").stat().st_size > 10_000
+
+
+def test_the_report_takes_the_rate_that_the_seeds_ran_with(tmp_path, capsys, monkeypatch):
+    def write(row, rate, seed, accuracy):
+        result = {
+            "run": {"lr": rate, "seed": seed}, "parameters": 10, "memory_floats": 20, "tokens": 3e6, "cpu_seconds": 60,
+            "chance": 0.1, "tests": {"64": {"accuracy": accuracy}, "512": {"accuracy": accuracy / 2, "beyond": 0.25}},
+        }  # fmt: skip
+        (tmp_path / row).mkdir(exist_ok=True)
+        (tmp_path / row / f"lr{rate:g}-seed{seed}.json").write_text(json.dumps(result))
+
+    write("a", 0.1, 0, 0.9)
+    for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
+        write("a", 0.2, seed, accuracy)
+    write("b", 0.1, 0, 0.3)
+    write("b", 0.2, 0, 0.4)
+    monkeypatch.setattr(sys, "argv", ["recall_report.py", str(tmp_path), "--plot", str(tmp_path / "plot.png")])
+    recall_report.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "**0.600** [0.500, 0.700]" in lines[2]
+    assert "**0.300** [0.250, 0.350]" in lines[2]
+    assert "0.2" in lines[2]
+    assert "0.400" in lines[3]
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", ["recall_report.py", str(tmp_path / "a")])
+    with pytest.raises(SystemExit, match="holds no results"):
+        recall_report.main()
