@@ -17,7 +17,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHER_SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # in bytes
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
-MAPPED = 1 << 27  # bytes of a pickle that are read before it is mapped anew
+MAPPED = 1 << 25  # bytes of a pickle that are read before it is mapped anew
 SAFE_TORCH = (2, 6)  # below, weights_only=True can run code: CVE-2025-32434
 
 
