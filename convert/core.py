@@ -96,3 +96,30 @@ class Format:
         if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise Refusal(f"transformers has no implementation of {self.name} to compare with.")
         return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
+
+
+class Renaming(Format):
+    """A format of transformers whose tensors are ours under other names.
+
+    Attributes:
+        embedding: the name of the embedding, which `lm_head.weight` repeats where they are tied.
+    """
+
+    embedding = "model.embed_tokens.weight"
+
+    def read(self, config: dict):
+        """Their config.json as their own class reads it. Raises as `to_bmojo`."""
+        raise NotImplementedError
+
+    def names(self, found) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """For what `read` returns: our name of every tensor to theirs and its shape."""
+        raise NotImplementedError
+
+    def tensors(self, config):
+        return {ours: [Piece(name)] for ours, (name, _) in self.names(self.read(config)).items()}
+
+    def shapes(self, config):
+        return dict(self.names(self.read(config)).values())
+
+    def duplicates(self, config):
+        return {"lm_head.weight": self.embedding} if self.read(config).tie_word_embeddings else {}

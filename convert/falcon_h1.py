@@ -3,7 +3,7 @@
 import math
 
 from . import theirs
-from .core import Format, Piece, Refusal
+from .core import Refusal, Renaming
 from .llama import rope
 
 
@@ -34,7 +34,7 @@ SWITCHES = (
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-class FalconH1(Format):
+class FalconH1(Renaming):
     name, architecture = "falcon_h1", "FalconH1ForCausalLM"
     model_types = ("falcon_h1",)
 
@@ -174,15 +174,6 @@ class FalconH1(Format):
             if found.mlp_bias:
                 names[f"mlp.{name}.bias"] = (f"feed_forward.{name}.bias", shape[:1])
         return names
-
-    def tensors(self, config):
-        return {ours: [Piece(name)] for ours, (name, _) in self.names(self.read(config)).items()}
-
-    def shapes(self, config):
-        return dict(self.names(self.read(config)).values())
-
-    def duplicates(self, config):
-        return {"lm_head.weight": "model.embed_tokens.weight"} if self.read(config).tie_word_embeddings else {}
 
     def ignored(self, config):
         return {

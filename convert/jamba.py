@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from . import theirs
-from .core import Format, Piece, Refusal
+from .core import Refusal, Renaming
 from .mamba import selective_mixer
 
 
@@ -32,7 +32,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-class Jamba(Format):
+class Jamba(Renaming):
     name, architecture = "jamba", "JambaForCausalLM"
     model_types = ("jamba",)
 
@@ -130,12 +130,3 @@ class Jamba(Format):
         if not found.tie_word_embeddings:
             names["lm_head.weight"] = ("lm_head.weight", embedding)
         return names
-
-    def tensors(self, config):
-        return {ours: [Piece(name)] for ours, (name, _) in self.names(self.read(config)).items()}
-
-    def shapes(self, config):
-        return dict(self.names(self.read(config)).values())
-
-    def duplicates(self, config):
-        return {"lm_head.weight": "model.embed_tokens.weight"} if self.read(config).tie_word_embeddings else {}

@@ -1,7 +1,7 @@
 """Transformers whose blocks are ours: Llama, Mistral and Qwen3 as transformers has them."""
 
 from . import theirs
-from .core import Format, Piece, Refusal
+from .core import Refusal, Renaming
 
 
 ROPE_KEYS = {  # rotary parameters of the kinds whose frequencies do not depend on the length
@@ -43,7 +43,7 @@ def rope(parameters: dict) -> dict:
     return found
 
 
-class Dense(Format):
+class Dense(Renaming):
     """What Llama, Mistral and Qwen3 share: names of tensors, and the fields that mean the same everywhere."""
 
     architecture: str
@@ -126,15 +126,6 @@ class Dense(Format):
         if not found.tie_word_embeddings:
             names["lm_head.weight"] = ("lm_head.weight", embedding)
         return names
-
-    def tensors(self, config):
-        return {ours: [Piece(name)] for ours, (name, _) in self.names(self.read(config)).items()}
-
-    def shapes(self, config):
-        return dict(self.names(self.read(config)).values())
-
-    def duplicates(self, config):
-        return {"lm_head.weight": "model.embed_tokens.weight"} if self.read(config).tie_word_embeddings else {}
 
     def ignored(self, config):
         return {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "a table that follows from rope_theta"}

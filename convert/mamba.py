@@ -3,7 +3,7 @@
 import math
 
 from . import theirs
-from .core import Format, Piece, Refusal
+from .core import Refusal, Renaming
 
 
 SAME = (
@@ -16,11 +16,12 @@ LEFT_OVER = (  # of the native checkpoints that published ones were made from; t
 )
 
 
-class Mixers(Format):
+class Mixers(Renaming):
     """What all of them share."""
 
     architecture: str
     layer_type: str  # of ours
+    embedding = "backbone.embeddings.weight"
     own: str
     neutral: str
 
@@ -74,15 +75,6 @@ class Mixers(Format):
         if not found.tie_word_embeddings:
             names["lm_head.weight"] = ("lm_head.weight", embedding)
         return names
-
-    def tensors(self, config):
-        return {ours: [Piece(name)] for ours, (name, _) in self.names(self.read(config)).items()}
-
-    def shapes(self, config):
-        return dict(self.names(self.read(config)).values())
-
-    def duplicates(self, config):
-        return {"lm_head.weight": "backbone.embeddings.weight"} if self.read(config).tie_word_embeddings else {}
 
 
 def projections(found, projected: int, convolved: int, inner: int) -> dict[str, tuple[str, tuple[int, ...]]]:
