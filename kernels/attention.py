@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .shared import architecture, namespace, on_device_of
+from .shared import Launch, architecture, namespace, on_device_of
 
 
 LOG2E = 1.4426950408889634
@@ -29,18 +29,20 @@ _LOWEST = tl.constexpr(-3e38)  # below every score: a maximum of nothing, from w
 
 @triton.jit
 def _load(ptr, numbers, stride, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a matrix by their numbers, (numbers, BLOCK_D); 0 where none exists and beyond column D."""
+    """Rows of a matrix by their numbers, (numbers, BLOCK_D); 0 where none exists and beyond column D.
+
+    Numbers that are not bounded by the size of a block come in int64.
+    """
     column = tl.arange(0, BLOCK_D)
-    mask = exists[:, None] & (column < D)[None, :]
-    return tl.load(ptr + numbers.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    mask = exists[:, None] if D == BLOCK_D else exists[:, None] & (column < D)[None, :]
+    return tl.load(ptr + numbers[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _store(ptr, numbers, stride, exists, block, D: tl.constexpr, BLOCK_D: tl.constexpr):
     column = tl.arange(0, BLOCK_D)
-    mask = exists[:, None] & (column < D)[None, :]
-    pointers = ptr + numbers.to(tl.int64)[:, None] * stride + column[None, :]
-    tl.store(pointers, block.to(ptr.dtype.element_ty), mask=mask)
+    mask = exists[:, None] if D == BLOCK_D else exists[:, None] & (column < D)[None, :]
+    tl.store(ptr + numbers[:, None] * stride + column[None, :], block.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -67,10 +69,11 @@ def _see_near(token, position, newest, window):
 
 @triton.jit
 def _near_keys(key_ptr, value_ptr, start, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, stride):
-    position = start + tl.arange(0, BLOCK_N)
-    exists = position < stop
-    key = _load(key_ptr, position, stride, exists, D, BLOCK_D)
-    return position, key, _load(value_ptr, position, stride, exists, D, BLOCK_D)
+    number = tl.arange(0, BLOCK_N)
+    exists = number < stop - start
+    offset = tl.cast(start, tl.int64) * stride
+    key = _load(key_ptr + offset, number, stride, exists, D, BLOCK_D)
+    return start + number, key, _load(value_ptr + offset, number, stride, exists, D, BLOCK_D)
 
 
 @triton.jit
@@ -99,9 +102,7 @@ def _mix(query, key, value, visible, mixed, top, total, scale, PRECISION: tl.con
     weight = tl.exp2(score - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weight, 1)
-    mixed = tl.dot(
-        weight.to(query.dtype), value.to(query.dtype), mixed * shrink[:, None], input_precision=PRECISION
-    )
+    mixed = tl.dot(weight.to(query.dtype), value.to(query.dtype), mixed * shrink[:, None], input_precision=PRECISION)
     return mixed, new_top, total
 
 
@@ -146,8 +147,8 @@ def _attention_fwd_kernel(
     token = flat // GROUP
     first = block * BLOCK_M // GROUP
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, seq_len - 1)
-    number = token.to(tl.int64) * (KV_HEADS * GROUP) + flat % GROUP  # among all heads of all tokens
-    begin = row * seq_len * (KV_HEADS * GROUP) + head * GROUP
+    number = (token - first) * (KV_HEADS * GROUP) + flat % GROUP  # among all heads of all tokens, from `begin` on
+    begin = (row * seq_len + first) * (KV_HEADS * GROUP) + head * GROUP
     stride: tl.constexpr = KV_HEADS * D
     dtype = window_value_ptr.dtype.element_ty
 
@@ -218,11 +219,10 @@ def _attention_fwd_kernel(
 
 
 @triton.jit
-def _load_log_sums(log_sum_ptr, delta_ptr, number, real):
-    """The logarithms of the sums to base 2, infinity for rows that see nothing, and the deltas."""
-    log_sum = tl.load(log_sum_ptr + number, mask=real, other=float("inf")) * _LOG2E
-    log_sum = tl.where(log_sum == -float("inf"), float("inf"), log_sum)
-    return log_sum, tl.load(delta_ptr + number, mask=real, other=0.0)
+def _load_log_sums(ptr, number, real):
+    """The logarithms of the sums to base 2; infinity, that is, weights of 0, for rows that see nothing."""
+    log_sum = tl.load(ptr + number, mask=real, other=float("inf")) * _LOG2E
+    return tl.where(log_sum == -float("inf"), float("inf"), log_sum)
 
 
 @triton.jit
@@ -279,16 +279,16 @@ def _attention_bwd_query_kernel(
     token = flat // GROUP
     first = block * BLOCK_M // GROUP
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, seq_len - 1)
-    number = token.to(tl.int64) * (KV_HEADS * GROUP) + flat % GROUP
-    begin = row * seq_len * (KV_HEADS * GROUP) + head * GROUP
+    number = (token - first) * (KV_HEADS * GROUP) + flat % GROUP
+    begin = (row * seq_len + first) * (KV_HEADS * GROUP) + head * GROUP
     stride: tl.constexpr = KV_HEADS * D
     dtype = window_value_ptr.dtype.element_ty
 
     d_out = _load(d_out_ptr + begin * D, number, D, real, D, BLOCK_D)
     out = _load(out_ptr + begin * D, number, D, real, D, BLOCK_D)
-    tl.store(delta_ptr + begin + number, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1), mask=real)
-    tl.debug_barrier()  # what other threads of this program have stored is read next
-    log_sum, delta = _load_log_sums(log_sum_ptr + begin, delta_ptr + begin, number, real)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    tl.store(delta_ptr + begin + number, delta, mask=real)
+    log_sum = _load_log_sums(log_sum_ptr + begin, number, real)
 
     query = _load(query_ptr + begin * D, number, D, real, D, BLOCK_D).to(dtype)
     d_query = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -299,9 +299,7 @@ def _attention_bwd_query_kernel(
             window_key_ptr + offset, window_value_ptr + offset, position, last + 1, D, BLOCK_D, BLOCK_N, stride
         )
         visible = _see_near(token, seen, 0, window)
-        d_query = _add_to_query(
-            d_query, query, d_out, log_sum, delta, key, value, visible, scale * _LOG2E, PRECISION
-        )
+        d_query = _add_to_query(d_query, query, d_out, log_sum, delta, key, value, visible, scale * _LOG2E, PRECISION)
 
     if fading_key_ptr is not None:
         if fading_query_ptr is not None:
@@ -365,6 +363,7 @@ def _add_to_keys(
     d_out_ptr,
     log_sum_ptr,
     delta_ptr,
+    first,
     flat,
     real,
     visible,
@@ -375,11 +374,15 @@ def _add_to_keys(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What the rows `flat` of queries have for keys and values; visible is (keys, rows)."""
-    number = (flat // GROUP).to(tl.int64) * HEADS + flat % GROUP
+    """What the rows `flat` of queries, `first` and BLOCK_M - 1 more, have for keys and values; visible is (keys, rows)."""
+    number = (flat // GROUP - first // GROUP) * HEADS + flat % GROUP
+    begin = tl.cast(first // GROUP, tl.int64) * HEADS
+    log_sum = _load_log_sums(log_sum_ptr + begin, number, real)
+    delta = tl.load(delta_ptr + begin + number, mask=real, other=0.0)
+    query_ptr += begin * D
+    d_out_ptr += begin * D
     query = _load(query_ptr, number, D, real, D, BLOCK_D).to(key.dtype)
     d_out = _load(d_out_ptr, number, D, real, D, BLOCK_D).to(key.dtype)
-    log_sum, delta = _load_log_sums(log_sum_ptr, delta_ptr, number, real)
     score = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
     weight = tl.exp2(tl.where(visible, score, -float("inf")) - log_sum[None, :])
     d_value = tl.dot(weight.to(key.dtype), d_out, d_value, input_precision=PRECISION)
@@ -414,11 +417,11 @@ def _attention_bwd_near_kernel(
 ):
     """Gradients of keys and values that are newest to newest + window - 1 tokens older than the queries."""
     block, head, row = _program(tl.cdiv(before + seq_len, BLOCK_N), KV_HEADS)
-    slot = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    position = slot - before
-    real = slot < before + seq_len
+    slot = tl.arange(0, BLOCK_N)
+    position = block * BLOCK_N - before + slot
+    real = position < seq_len
     exists = real & (position >= _first_position(past_ptr, row, before))
-    offset = (row * (before + seq_len) * KV_HEADS + head) * D
+    offset = ((row * (before + seq_len) + block * BLOCK_N) * KV_HEADS + head) * D
     dtype = d_out_ptr.dtype.element_ty
     key = _load(key_ptr + offset, slot, KV_HEADS * D, exists, D, BLOCK_D).to(dtype)
     value = _load(value_ptr + offset, slot, KV_HEADS * D, exists, D, BLOCK_D).to(dtype)
@@ -441,6 +444,7 @@ def _attention_bwd_near_kernel(
             d_out_ptr + begin * D,
             log_sum_ptr + begin,
             delta_ptr + begin,
+            start,
             flat,
             flat < stop * GROUP,
             visible,
@@ -516,6 +520,7 @@ def _attention_bwd_memory_kernel(
             d_out_ptr + begin * D,
             log_sum_ptr + begin,
             delta_ptr + begin,
+            first,
             flat,
             real,
             exists[:, None] & real[None, :],
@@ -527,6 +532,7 @@ def _attention_bwd_memory_kernel(
             PRECISION,
         )
     offset = (row * places * KV_HEADS + head) * D
+    place = place.to(tl.int64)
     _store(d_key_ptr + offset, place, KV_HEADS * D, exists, d_key * scale, D, BLOCK_D)
     _store(d_value_ptr + offset, place, KV_HEADS * D, exists, d_value, D, BLOCK_D)
 
@@ -576,25 +582,52 @@ def _entry_program(entries, blocks):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def settings(kernel: str, head_dim: int, itemsize: int, architecture: str) -> dict:
-    """Sizes of blocks and options of a launch, by the kernel ("forward", "query", "keys"), head size and dtype.
+_BLOCKS = {  # (BLOCK_M, BLOCK_N, num_warps) of the kernels "forward", "query", "keys", by bytes per number and head size
+    ("ampere", 2, 64): ((64, 64, 4), (64, 32, 4), (32, 64, 4)),
+    ("ampere", 2, 128): ((64, 64, 8), (64, 64, 8), (64, 64, 8)),
+    ("ampere", 2, 256): ((64, 32, 8), (64, 16, 8), (32, 32, 8)),
+    ("ampere", 4, 64): ((32, 32, 4), (16, 32, 4), (32, 32, 8)),
+    ("ampere", 4, 128): ((32, 32, 8), (16, 32, 8), (16, 16, 8)),
+    ("ampere", 4, 256): ((32, 16, 8), (16, 16, 8), (16, 16, 8)),
+    ("turing", 2, 64): ((32, 16, 4), (32, 16, 4), (32, 16, 4)),
+    ("turing", 2, 128): ((16, 16, 4), (16, 16, 8), (16, 16, 8)),
+    ("turing", 2, 256): ((16, 16, 8), (16, 16, 8), (16, 16, 8)),
+    ("turing", 4, 64): ((16, 16, 4), (16, 16, 4), (16, 16, 4)),
+    ("turing", 4, 128): ((16, 16, 4), (16, 16, 8), (16, 16, 4)),
+    ("turing", 4, 256): ((16, 16, 4), (16, 16, 8), (16, 16, 8)),
+    ("amd", 2, 64): ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
+    ("amd", 2, 128): ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
+    ("amd", 2, 256): ((32, 32, 4), (16, 16, 4), (16, 16, 4)),
+    ("amd", 4, 64): ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
+    ("amd", 4, 128): ((32, 32, 4), (32, 32, 4), (32, 32, 4)),
+    ("amd", 4, 256): ((32, 32, 4), (16, 16, 4), (16, 16, 4)),
+}
+_KERNELS = ("forward", "query", "keys")
+_ENTRY = {"BLOCK_W": 128, "BLOCK_P": 16, "num_warps": 4}
 
-    The reasons are in the README; `compile_report.py` shows that all of these fit.
+
+def settings(kernel: str, head_dim: int, itemsize: int, architecture: str) -> dict:
+    """Constants and options of a launch, by what a program has room for: never by a length, for which it would compile anew.
+
+    The reasons are in the README; `compile_report.py` shows what fits.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m = block_n = 64
+    if block_d > 256:
+        raise ValueError(
+            f"head_dim is {head_dim}; the attention kernel has room for 256. BMOJO_KERNELS=torch does without."
+        )
+    block_m, block_n, num_warps = _BLOCKS[architecture, itemsize, max(64, block_d)][_KERNELS.index(kernel)]
+    # float32 products on tensor cores, each as three of TF32, which err by as little; 256 columns of them do not fit
+    exact = "tf32x3" if architecture == "ampere" and block_d <= 128 else "ieee"
     return {
         "D": head_dim,
         "BLOCK_D": block_d,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "PRECISION": "tf32x3" if itemsize == 4 and architecture == "wide" else "ieee",
-        "num_warps": 4,
-        "num_stages": 2,
+        "PRECISION": exact if itemsize == 4 else "ieee",
+        "num_warps": num_warps,
+        "num_stages": 1 if architecture == "amd" else 2,
     }
-
-
-_ENTRY = {"BLOCK_W": 128, "BLOCK_P": 16, "num_warps": 4}
 
 
 def _sizes(query, window_key, fading_key, eidetic_key, memory):
@@ -820,9 +853,7 @@ def _(d_out, out, log_sum, *others):
 
 
 def _empty_gradients(tensors):
-    return [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if _is_float(x) else None for x in tensors
-    ]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) if _is_float(x) else None for x in tensors]
 
 
 def _is_float(x) -> bool:
@@ -866,3 +897,19 @@ def memory_attention(
     """See `ops_bmojo.memory_attention`. Computes in the dtype of the values, sums in float32."""
     tensors = (query, window_key, window_value, fading_key, fading_value, eidetic_query, eidetic_key, eidetic_value)
     return _forward(*tensors, memory, past, fading_query, window, chunk_size, scale)[0]
+
+
+def launches(itemsize: int, architecture: str):
+    """What `compile_report.py` compiles: all kernels for all head sizes that need not share their settings."""
+    integers = dict.fromkeys(("memory_ptr", "past_ptr", "order_ptr", "start_ptr"), "*i64")
+    sums = dict.fromkeys(("log_sum_ptr", "delta_ptr", "place_d_key_ptr", "place_d_value_ptr"), "*fp32")
+    types = integers | sums | {"scale": "fp32"}
+    for head_dim in (16, 64, 96, 128, 256):
+        kernels = [("forward", _attention_fwd_kernel)]
+        if head_dim <= 128 or itemsize == 2:  # a backward pass of float32 with 256 runs, but spills a few registers
+            kernels += [("query", _attention_bwd_query_kernel)]
+            kernels += [("keys", _attention_bwd_near_kernel), ("keys", _attention_bwd_memory_kernel)]
+        for kind, kernel in kernels:
+            constants = {"KV_HEADS": 8, "GROUP": 4} | settings(kind, head_dim, itemsize, architecture)
+            yield Launch(f"{kernel.__name__} {head_dim}", kernel, types, constants)
+    yield Launch("_attention_bwd_entry_kernel", _attention_bwd_entry_kernel, types, {"WIDTH": 512} | _ENTRY)

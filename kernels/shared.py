@@ -3,11 +3,25 @@
 import functools
 import re
 from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
 
-SMALL_MEMORY = 99 * 1024  # bytes of shared memory a program may have on consumer GPUs since sm_86; more on sm_80, 90, 100
+class Launch(NamedTuple):
+    """One way to compile a kernel, for `compile_report.py`.
+
+    Attributes:
+        name: of the case, with what it depends on.
+        kernel: the function under `triton.jit`.
+        types: of the arguments that are neither a pointer to the dtype of the inputs ("..._ptr") nor int32.
+        settings: values of the constants, num_warps and num_stages.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    settings: dict[str, Any]
 
 
 def namespace(module: str) -> str:
@@ -22,8 +36,9 @@ def on_device_of(tensor):
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """What the settings of a kernel depend on: "wide" for sm_80 and above, "narrow" for less shared memory (T4, MI300)."""
-    if device.type != "cuda":  # the interpreter has room for everything
-        return "wide"
-    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return "narrow" if torch.version.hip is not None or room < SMALL_MEMORY else "wide"
+    """What the settings of kernels are chosen by: "ampere" (sm_80 and above), "turing" (below), or "amd"."""
+    if device.type != "cuda":  # the interpreter
+        return "ampere"
+    if torch.version.hip is not None:
+        return "amd"
+    return "ampere" if torch.cuda.get_device_capability(device)[0] >= 8 else "turing"
