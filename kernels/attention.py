@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .shared import Launch, architecture, namespace, on_device_of
+from .shared import Launch, architecture, dot, namespace, on_device_of
 
 
 LOG2E = 1.4426950408889634
@@ -96,13 +96,13 @@ def _memory_keys(
 @triton.jit
 def _mix(query, key, value, visible, mixed, top, total, scale, PRECISION: tl.constexpr):
     """One step of the running softmax: mixed and total are sums of exp2(score - top)."""
-    score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION) * scale
+    score = dot(query, tl.trans(key.to(query.dtype)), None, PRECISION) * scale
     score = tl.where(visible, score, -float("inf"))
     new_top = tl.maximum(top, tl.max(score, 1))
     weight = tl.exp2(score - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weight, 1)
-    mixed = tl.dot(weight.to(query.dtype), value.to(query.dtype), mixed * shrink[:, None], input_precision=PRECISION)
+    mixed = dot(weight.to(query.dtype), value.to(query.dtype), mixed * shrink[:, None], PRECISION)
     return mixed, new_top, total
 
 
@@ -228,11 +228,11 @@ def _load_log_sums(ptr, number, real):
 @triton.jit
 def _add_to_query(d_query, query, d_out, log_sum, delta, key, value, visible, scale, PRECISION: tl.constexpr):
     key = key.to(query.dtype)
-    score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    score = dot(query, tl.trans(key), None, PRECISION) * scale
     weight = tl.exp2(tl.where(visible, score, -float("inf")) - log_sum[:, None])
-    d_weight = tl.dot(d_out, tl.trans(value.to(query.dtype)), input_precision=PRECISION)
+    d_weight = dot(d_out, tl.trans(value.to(query.dtype)), None, PRECISION)
     d_score = weight * (d_weight - delta[:, None])
-    return tl.dot(d_score.to(query.dtype), key, d_query, input_precision=PRECISION)
+    return dot(d_score.to(query.dtype), key, d_query, PRECISION)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -383,12 +383,12 @@ def _add_to_keys(
     d_out_ptr += begin * D
     query = _load(query_ptr, number, D, real, D, BLOCK_D).to(key.dtype)
     d_out = _load(d_out_ptr, number, D, real, D, BLOCK_D).to(key.dtype)
-    score = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
+    score = dot(key, tl.trans(query), None, PRECISION) * scale
     weight = tl.exp2(tl.where(visible, score, -float("inf")) - log_sum[None, :])
-    d_value = tl.dot(weight.to(key.dtype), d_out, d_value, input_precision=PRECISION)
-    d_weight = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
+    d_value = dot(weight.to(key.dtype), d_out, d_value, PRECISION)
+    d_weight = dot(value, tl.trans(d_out), None, PRECISION)
     d_score = weight * (d_weight - delta[None, :])
-    return tl.dot(d_score.to(key.dtype), query, d_key, input_precision=PRECISION), d_value
+    return dot(d_score.to(key.dtype), query, d_key, PRECISION), d_value
 
 
 @triton.jit(do_not_specialize=["seq_len", "before", "newest", "window"])
@@ -904,7 +904,7 @@ def launches(itemsize: int, architecture: str):
     integers = dict.fromkeys(("memory_ptr", "past_ptr", "order_ptr", "start_ptr"), "*i64")
     sums = dict.fromkeys(("log_sum_ptr", "delta_ptr", "place_d_key_ptr", "place_d_value_ptr"), "*fp32")
     types = integers | sums | {"scale": "fp32"}
-    for head_dim in (16, 64, 96, 128, 256):
+    for head_dim in (16, 32, 64, 96, 128, 256):
         kernels = [("forward", _attention_fwd_kernel)]
         if head_dim <= 128 or itemsize == 2:  # a backward pass of float32 with 256 runs, but spills a few registers
             kernels += [("query", _attention_bwd_query_kernel)]

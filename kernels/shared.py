@@ -6,6 +6,19 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
+
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b in float32; total may be None."""
+    if _INTERPRETED:  # its product takes the bits of bfloat16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 class Launch(NamedTuple):
