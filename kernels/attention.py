@@ -582,25 +582,38 @@ def _entry_program(entries, blocks):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-_BLOCKS = {  # (BLOCK_M, BLOCK_N, num_warps) of the kernels "forward", "query", "keys", by bytes per number and head size
-    ("ampere", 2, 64): ((64, 64, 4), (64, 32, 4), (32, 64, 4)),
-    ("ampere", 2, 128): ((64, 64, 8), (64, 64, 8), (64, 64, 8)),
-    ("ampere", 2, 256): ((64, 32, 8), (64, 16, 8), (32, 32, 8)),
-    ("ampere", 4, 64): ((32, 32, 4), (16, 32, 4), (32, 32, 8)),
-    ("ampere", 4, 128): ((32, 32, 8), (16, 32, 8), (16, 16, 8)),
-    ("ampere", 4, 256): ((32, 16, 8), (16, 16, 8), (16, 16, 8)),
-    ("turing", 2, 64): ((32, 16, 4), (32, 16, 4), (32, 16, 4)),
-    ("turing", 2, 128): ((16, 16, 4), (16, 16, 8), (16, 16, 8)),
-    ("turing", 2, 256): ((16, 16, 8), (16, 16, 8), (16, 16, 8)),
-    ("turing", 4, 64): ((16, 16, 4), (16, 16, 4), (16, 16, 4)),
-    ("turing", 4, 128): ((16, 16, 4), (16, 16, 8), (16, 16, 4)),
-    ("turing", 4, 256): ((16, 16, 4), (16, 16, 8), (16, 16, 8)),
-    ("amd", 2, 64): ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
-    ("amd", 2, 128): ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
-    ("amd", 2, 256): ((32, 32, 4), (16, 16, 4), (16, 16, 4)),
-    ("amd", 4, 64): ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
-    ("amd", 4, 128): ((32, 32, 4), (32, 32, 4), (32, 32, 4)),
-    ("amd", 4, 256): ((32, 32, 4), (16, 16, 4), (16, 16, 4)),
+# (BLOCK_M, BLOCK_N, num_warps) of the kernels "forward", "query", "keys", by bytes per number and the largest BLOCK_D
+_BLOCKS = {
+    ("ampere", 2): {
+        32: ((64, 64, 4), (64, 32, 4), (32, 64, 4)),
+        64: ((128, 64, 8), (128, 32, 8), (32, 128, 8)),
+        128: ((128, 32, 8), (64, 32, 8), (64, 64, 8)),
+        256: ((64, 32, 8), (64, 16, 8), (32, 32, 8)),
+    },
+    ("ampere", 4): {
+        64: ((32, 32, 4), (16, 16, 4), (32, 32, 8)),
+        128: ((32, 32, 8), (16, 16, 8), (16, 16, 8)),
+        256: ((32, 16, 8), (16, 16, 8), (16, 16, 8)),
+    },
+    ("turing", 2): {
+        64: ((32, 16, 4), (32, 16, 4), (32, 16, 4)),
+        128: ((16, 16, 4), (16, 16, 8), (16, 16, 8)),
+        256: ((16, 16, 8), (16, 16, 8), (16, 16, 8)),
+    },
+    ("turing", 4): {
+        64: ((16, 16, 4), (16, 16, 4), (16, 16, 4)),
+        128: ((16, 16, 4), (16, 16, 8), (16, 16, 4)),
+        256: ((16, 16, 4), (16, 16, 8), (16, 16, 8)),
+    },
+    ("amd", 2): {
+        128: ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
+        256: ((32, 32, 4), (16, 16, 4), (16, 16, 4)),
+    },
+    ("amd", 4): {
+        64: ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
+        128: ((32, 32, 4), (32, 32, 4), (32, 32, 4)),
+        256: ((32, 32, 4), (16, 16, 4), (16, 16, 4)),
+    },
 }
 _KERNELS = ("forward", "query", "keys")
 _ENTRY = {"BLOCK_W": 128, "BLOCK_P": 16, "num_warps": 4}
@@ -616,7 +629,9 @@ def settings(kernel: str, head_dim: int, itemsize: int, architecture: str) -> di
         raise ValueError(
             f"head_dim is {head_dim}; the attention kernel has room for 256. BMOJO_KERNELS=torch does without."
         )
-    block_m, block_n, num_warps = _BLOCKS[architecture, itemsize, max(64, block_d)][_KERNELS.index(kernel)]
+    rows = _BLOCKS[architecture, itemsize]
+    row = rows[min(largest for largest in rows if largest >= block_d)]
+    block_m, block_n, num_warps = row[_KERNELS.index(kernel)]
     # float32 products on tensor cores, each as three of TF32, which err by as little; 256 columns of them do not fit
     exact = "tf32x3" if architecture == "ampere" and block_d <= 128 else "ieee"
     return {
@@ -863,11 +878,12 @@ def _is_float(x) -> bool:
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output, *inputs[:11])
     ctx.options = inputs[11:]
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, d_out, _):
-    if d_out is None:
+    if d_out is None:  # nothing depends on the output
         return (None,) * 14
     out, log_sum, *tensors = ctx.saved_tensors
     grads = iter(_backward(d_out, out, log_sum, *tensors, *ctx.options))
@@ -900,16 +916,33 @@ def memory_attention(
 
 
 def launches(itemsize: int, architecture: str):
-    """What `compile_report.py` compiles: all kernels for all head sizes that need not share their settings."""
+    """What `compile_report.py` compiles: all kernels for head sizes of all settings, and the options at one of them."""
     integers = dict.fromkeys(("memory_ptr", "past_ptr", "order_ptr", "start_ptr"), "*i64")
     sums = dict.fromkeys(("log_sum_ptr", "delta_ptr", "place_d_key_ptr", "place_d_value_ptr"), "*fp32")
     types = integers | sums | {"scale": "fp32"}
+    forward, query = ("forward", _attention_fwd_kernel), ("query", _attention_bwd_query_kernel)
+    keys = [("keys", _attention_bwd_near_kernel), ("keys", _attention_bwd_memory_kernel)]
+
+    def launch(kind, kernel, head_dim, what="", **absent):
+        constants = {"KV_HEADS": 8, "GROUP": 4} | settings(kind, head_dim, itemsize, architecture)
+        return Launch(f"{kernel.__name__} {head_dim}{what}", kernel, types | absent, constants)
+
     for head_dim in (16, 32, 64, 96, 128, 256):
-        kernels = [("forward", _attention_fwd_kernel)]
+        yield launch(*forward, head_dim)
         if head_dim <= 128 or itemsize == 2:  # a backward pass of float32 with 256 runs, but spills a few registers
-            kernels += [("query", _attention_bwd_query_kernel)]
-            kernels += [("keys", _attention_bwd_near_kernel), ("keys", _attention_bwd_memory_kernel)]
-        for kind, kernel in kernels:
-            constants = {"KV_HEADS": 8, "GROUP": 4} | settings(kind, head_dim, itemsize, architecture)
-            yield Launch(f"{kernel.__name__} {head_dim}", kernel, types, constants)
+            yield from (launch(*kernel, head_dim) for kernel in (query, *keys))
+    simple = {"past_ptr": None, "fading_query_ptr": None, "d_fading_query_ptr": None}
+    for kind, kernel in (forward, query, keys[0]):
+        yield launch(kind, kernel, 64, " from the start", **simple)
+    absent = simple | dict.fromkeys(_OPTIONAL)
+    for kind, kernel in (forward, query):
+        yield launch(kind, kernel, 64, " window alone", **absent)
     yield Launch("_attention_bwd_entry_kernel", _attention_bwd_entry_kernel, types, {"WIDTH": 512} | _ENTRY)
+
+
+_OPTIONAL = [
+    f"{name}_ptr"
+    for name in (
+        "fading_key fading_value eidetic_query eidetic_key eidetic_value memory d_eidetic_query d_fading_query"
+    ).split()
+]

@@ -15,7 +15,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b in float32; total may be None."""
+    """Adds a @ b to total, which may be None, in float32."""
     if _INTERPRETED:  # its product takes the bits of bfloat16 for integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
@@ -27,13 +27,14 @@ class Launch(NamedTuple):
     Attributes:
         name: of the case, with what it depends on.
         kernel: the function under `triton.jit`.
-        types: of the arguments that are neither a pointer to the dtype of the inputs ("..._ptr") nor int32.
+        types: of the arguments that are neither a pointer to the dtype of the inputs ("..._ptr") nor int32; None for one
+            that is None.
         settings: values of the constants, num_warps and num_stages.
     """
 
     name: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, str | None]
     settings: dict[str, Any]
 
 

@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from bmojo import kernels_bmojo, ops_bmojo
-from bmojo_tests.conftest import ROOT
 
 
+ROOT = Path(__file__).resolve().parent.parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -154,7 +155,9 @@ def test_every_head_size_is_as_exact_as_torch(kernel, head_dim, dtype):
     want = differentiate(ops_bmojo.memory_attention, tensors, options)
     plain = differentiate(ops_bmojo.memory_attention, tensors, options, dtype)
     fast = differentiate(kernel, tensors, options, dtype)
-    factor = 3 if dtype is torch.bfloat16 and DEVICE == "cpu" else 2  # the interpreter cuts bits off instead of rounding
+    factor = (
+        3 if dtype is torch.bfloat16 and DEVICE == "cpu" else 2
+    )  # the interpreter cuts bits off instead of rounding
     for name, exact in want.items():
         assert fast[name].dtype is dtype
         assert rel_error(fast[name], exact) <= factor * rel_error(plain[name], exact) + 1e-6, name
@@ -250,13 +253,32 @@ def test_as_an_operator_of_torch(kernel):
 
 
 def test_no_gradient_arrives(kernel):
+    """Of an output whose use is cut off further on."""
+
+    class CutOff(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
     tensors, options = inputs(1, 3)
+    leaves = {name: x.float().requires_grad_() if is_float(x) else x for name, x in tensors.items()}
+    (CutOff.apply(kernel(*leaves.values(), **options)).sum() + leaves["query"].sum()).backward()
+    assert leaves["query"].grad.eq(1).all()
+    assert leaves["window_key"].grad is None
+
+
+def test_log_sums(kernel):
+    """Of the first token, which sees itself alone: its score."""
+    tensors, options = inputs(fading=False, memory=0, group=1)
     leaves = [x.float().requires_grad_() if is_float(x) else x for x in tensors.values()]
     _, log_sum = sys.modules[kernel.__module__]._forward(*leaves, *options.values())
-    scores = torch.einsum("rqd,rkd->rqk", leaves[0][:, :1, 0], leaves[1][:, :1, 0]) * options["scale"]
-    alone = dict(zip(tensors, leaves, strict=True)) | {"fading_key": None, "fading_value": None, "memory": None}
-    _, log_sum = sys.modules[kernel.__module__]._forward(*alone.values(), *options.values())
-    assert torch.allclose(log_sum[:, :1, 0], scores[:, :, 0], atol=1e-6)  # of one key: its score
+    score = (tensors["query"][:, 0] * tensors["window_key"][:, 0]).sum(-1) * options["scale"]
+    assert rel_error(log_sum[:, 0], score) < 1e-6
+    assert not log_sum.requires_grad
 
 
 # ---------------------------------------------------------------------------- the whole model
