@@ -56,9 +56,9 @@ def _program(blocks, KV_HEADS: tl.constexpr):
 @triton.jit
 def _first_position(past_ptr, row, before):
     """The position of the first key that exists, of a span with so many keys before the first query."""
-    if past_ptr is None:
-        return -before
-    return -tl.minimum(tl.load(past_ptr + row), before).to(tl.int32)
+    if past_ptr is not None:
+        before = tl.minimum(tl.load(past_ptr + row), before).to(tl.int32)
+    return -before
 
 
 @triton.jit

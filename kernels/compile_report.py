@@ -129,14 +129,14 @@ def main(arguments=None) -> int:
     chosen = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    print(f"{'kernel':44}{'dtype':6}{'target':8}{'registers':>10}{'spills':>8}{'shared':>9} of {'limit':>8}")
+    print(f"{'kernel':48}{'dtype':6}{'target':8}{'registers':>10}{'spills':>8}{'shared':>9} of {'limit':>8}")
     work = list(cases(FILES, chosen.dtypes, chosen.targets, chosen.kernels))
     failed = 0
     pool = ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) if chosen.jobs > 1 else None
     for line in (pool.map if pool else map)(inspect, work):
         failed += line.fails
         print(
-            f"{line.kernel:44}{line.dtype:6}{line.target:8}{line.registers:10}{line.spills:8}{line.shared:9} of {line.limit:8}"
+            f"{line.kernel:48}{line.dtype:6}{line.target:8}{line.registers:10}{line.spills:8}{line.shared:9} of {line.limit:8}"
             f"{'  DOES NOT FIT' if line.fails else ''}",
             flush=True,
         )
