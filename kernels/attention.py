@@ -10,6 +10,8 @@ them. An entry of the memory is seen by the queries of many chunks: every chunk 
 each entry then adds up its places in their order, which a stable sort gives.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -619,6 +621,7 @@ _KERNELS = ("forward", "query", "keys")
 _ENTRY = {"BLOCK_W": 128, "BLOCK_P": 16, "num_warps": 4}
 
 
+@functools.cache
 def settings(kernel: str, head_dim: int, itemsize: int, architecture: str) -> dict:
     """Constants and options of a launch, by what a program has room for: never by a length, for which it would compile anew.
 

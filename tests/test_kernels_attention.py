@@ -271,6 +271,20 @@ def test_no_gradient_arrives(kernel):
     assert leaves["window_key"].grad is None
 
 
+def test_the_same_bits_every_time(kernel):
+    tensors, options = inputs(filled=1.0, chunk_size=2)
+    first, second = (differentiate(kernel, tensors, options, torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_second_derivative_is_refused(kernel):
+    tensors, options = inputs(1, 3, memory=0)
+    leaves = [x.float().requires_grad_() if is_float(x) else x for x in tensors.values()]
+    [first] = torch.autograd.grad(kernel(*leaves, **options).square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.square().sum().backward()
+
+
 def test_log_sums(kernel):
     """Of the first token, which sees itself alone: its score."""
     tensors, options = inputs(fading=False, memory=0, group=1)
