@@ -191,14 +191,17 @@ def test_memories_of_fewer_or_more_chunks_than_there_are(kernel, chunks):
     assert max(errors(kernel, tensors, options).values()) < 2e-6
 
 
-@pytest.mark.parametrize("factor", [0, 100])
-def test_equal_and_far_apart_scores(kernel, factor):
+@pytest.mark.parametrize(("factor", "tolerance"), [(0, 2e-6), (100, 1e-4)])
+def test_equal_and_far_apart_scores(kernel, factor, tolerance):
+    """Gradients come from weights that are made anew from the log sums: of hundreds, whose last digit is 3e-5."""
     tensors, options = inputs(own_query=True)
     for name in ("query", "eidetic_query", "fading_query"):
         tensors[name] *= factor
     found = errors(kernel, tensors, options)
-    names = [name for name in found if factor or "key" not in name]  # the gradients of keys are 0 where queries are
-    assert max(found[name] for name in names) < 2e-5
+    assert found["out"] < 2e-6
+    assert (
+        max(found[name] for name in found if factor or "key" not in name) < tolerance
+    )  # keys' are 0 where queries are
 
 
 def test_what_does_not_exist_may_be_anything(kernel):
