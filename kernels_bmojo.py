@@ -6,8 +6,8 @@ of ours in a checkout, a local model folder and the Hub's cache alike. `kernels/
 shadow Hugging Face's `kernels` package for every Python that starts in the repository's root.
 
 Environment variable `BMOJO_KERNELS`: "auto" (default) runs a kernel where one ships and the tensors are on a GPU; "torch"
-runs none; "definition" runs the definitions of `ops_bmojo` and `delta_ops_bmojo` only, not their other forms either; "triton" requires a kernel
-for every dispatched op, on the CPU too under `TRITON_INTERPRET=1`.
+runs none; "definition" runs the definitions of `ops_bmojo` and `delta_ops_bmojo` only, not their other forms either; "triton" requires the kernel
+of every op that has one at the end of this file, on the CPU too under `TRITON_INTERPRET=1`.
 """
 
 import functools
@@ -86,15 +86,16 @@ def _fetch(repository: str) -> str:
     return snapshot_download(repository, revision=commit, allow_patterns="kernels/*.py")
 
 
-def load(name: str) -> Callable | None:
-    """The function `name` of `kernels/<name>.py`; None where no such file ships. What its import raises is a bug."""
-    if name not in _loaded and _ships(name):
-        _loaded[name] = getattr(import_module(f"{__name__}.{name}"), name)
+def load(name: str, file: str | None = None) -> Callable | None:
+    """The function `name` of `kernels/<file>.py`; None where no such file ships. What its import raises is a bug."""
+    file = file or name
+    if name not in _loaded and _ships(file):
+        _loaded[name] = getattr(import_module(f"{__name__}.{file}"), name)
     return _loaded.get(name)
 
 
-def _ships(name: str) -> bool:
-    return name in _loaded or any(os.path.isfile(os.path.join(folder, f"{name}.py")) for folder in __path__)
+def _ships(file: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, f"{file}.py")) for folder in __path__)
 
 
 def copy_kernels(config, save_directory: str | os.PathLike) -> None:
@@ -109,9 +110,12 @@ def copy_kernels(config, save_directory: str | os.PathLike) -> None:
         shutil.copyfile(file, copy)
 
 
-def dispatch(definition: Callable, cpu: Callable | None = None, chunked: Callable | None = None) -> Callable:
+def dispatch(
+    definition: Callable, cpu: Callable | None = None, chunked: Callable | None = None, kernel: str | None = None
+) -> Callable:
     """Run the Triton kernel of this name where one fits the device, else the form for a CPU where that fits, else the definition.
 
+    `kernel` is the file of `kernels/` that holds it; None for an op that torch's own operations are good enough for.
     Where there is a `chunked` form of the definition, a loop over tokens, it stands for it but under BMOJO_KERNELS=definition.
     """
     name = definition.__name__
@@ -120,9 +124,12 @@ def dispatch(definition: Callable, cpu: Callable | None = None, chunked: Callabl
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
         mode = os.environ.get("BMOJO_KERNELS", "auto")
-        if mode == "auto" and cpu is not None and x.device.type == "cpu" and _is_plain(x) and "cpu" in _told:
+        known = kernel is None or "cpu" in _told  # that no kernel runs on a CPU
+        if known and mode == "auto" and cpu is not None and x.device.type == "cpu" and _is_plain(x):
             return cpu(x, *args, **kwargs)  # the usual case, at the least cost once it has been said
-        if _use_kernel(name, x.device.type):
+        if mode not in MODES:
+            raise ValueError(f"BMOJO_KERNELS is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")
+        if kernel is not None and not _is_transformed() and _use_kernel(name, kernel, x.device.type, x.dtype):
             return _loaded[name](x, *args, **kwargs)
         if cpu is not None and mode != "definition" and x.device.type == "cpu" and _is_plain(x):
             return cpu(x, *args, **kwargs)
@@ -142,16 +149,21 @@ def _is_plain(x) -> bool:
     )
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives look through tensors, as they can through a definition alone."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 @torch.compiler.assume_constant_result  # torch.compile takes the answer as it is: no import, no log line in a graph
-def _use_kernel(name: str, device: str) -> bool:
-    """Whether a kernel runs on that device, which then is loaded, or the definition; says once which and why."""
+def _use_kernel(name: str, file: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel runs on such tensors, which then is loaded, or the definition; says once which and why."""
     mode = os.environ.get("BMOJO_KERNELS", "auto")
-    if mode not in MODES:
-        raise ValueError(f"BMOJO_KERNELS is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")
-    obstacle = _obstacle(name, device, mode)
+    obstacle = _obstacle(name, file, device, dtype, mode)
     if obstacle is None:
         logger.info_once(f"{name} on {device}: Triton kernel of {__path__[0]}.")
-        return load(name) is not None
+        return load(name, file) is not None
     if mode == "triton":
         raise RuntimeError(f"BMOJO_KERNELS=triton, but {obstacle}; BMOJO_KERNELS=auto falls back to torch.")
     _told.add(device)
@@ -160,17 +172,19 @@ def _use_kernel(name: str, device: str) -> bool:
     return False
 
 
-def _obstacle(name: str, device: str, mode: str) -> str | None:
-    """Why the kernel of that name cannot run on that device, in words for the person who may change it."""
+def _obstacle(name: str, file: str, device: str, dtype: torch.dtype, mode: str) -> str | None:
+    """Why the kernel of that name cannot run on such tensors, in words for the person who may change it."""
     if mode in ("torch", "definition"):
         return f"BMOJO_KERNELS={mode}"
     interpreted = mode == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device != "cuda" and not interpreted:
         return f"the tensors are on {device} (kernels need a GPU, or BMOJO_KERNELS=triton with TRITON_INTERPRET=1)"
-    if not _ships(name):
+    if name not in _loaded and not _ships(file):
         return (
-            f"no kernel {name} ships: there is no {name}.py in {', '.join(__path__) or 'any kernels folder in reach'}"
+            f"no kernel {name} ships: there is no {file}.py in {', '.join(__path__) or 'any kernels folder in reach'}"
         )
+    if dtype is torch.float64:
+        return "the tensors are in float64 (kernels compute in float32)"
     return None if _has_triton() else _NO_TRITON
 
 
@@ -192,7 +206,7 @@ delta_scan = dispatch(delta_scan, chunked=chunked_delta_scan)
 kalman_scan = dispatch(kalman_scan, chunked=chunked_kalman_scan)
 causal_conv = dispatch(causal_conv, blocked_causal_conv)
 prediction_error = dispatch(prediction_error, blocked_prediction_error)
-memory_attention = dispatch(memory_attention, blocked_memory_attention)
+memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="attention")
 rms_norm = dispatch(rms_norm, blocked_rms_norm)
 silu_gate = dispatch(silu_gate, blocked_silu_gate)
 rotate = dispatch(rotate, blocked_rotate)

@@ -51,6 +51,10 @@ pytest.register_assert_rewrite("bmojo_tests")
 _make_package("bmojo", ROOT)
 _make_package("bmojo_tests", ROOT / "tests")
 torch.set_num_threads(1)  # tiny tensors, and other test processes beside this one
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when triton is imported; without BMOJO_KERNELS it changes nothing
 
 
 @pytest.fixture(scope="session")

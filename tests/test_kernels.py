@@ -10,7 +10,7 @@ from transformers.utils.logging import info_once, warning_once
 from bmojo import kernels_bmojo
 
 
-ON_GPU = SimpleNamespace(device=torch.device("cuda"))  # all that the choice looks at
+ON_GPU = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)  # all that the choice looks at
 ON_CPU = torch.zeros(2)
 
 
@@ -48,7 +48,7 @@ def make_op(name: str, cpu=None):
         return "definition"
 
     definition.__name__ = name
-    return kernels_bmojo.dispatch(definition, cpu)
+    return kernels_bmojo.dispatch(definition, cpu, kernel=name)
 
 
 def write_kernel(folder, name: str, text: str | None = None):
@@ -117,6 +117,47 @@ def test_a_required_kernel_says_what_is_missing(folder, monkeypatch):
         make_op("required")(ON_CPU)
 
 
+def test_an_op_without_kernel_needs_none(folder, said, monkeypatch):
+    op = kernels_bmojo.dispatch(lambda x: "definition", cpu=lambda x: "cpu")
+    assert (op(ON_GPU), op(ON_CPU)) == ("definition", "cpu")
+    monkeypatch.setenv("BMOJO_KERNELS", "triton")
+    assert (op(ON_GPU), op(ON_CPU)) == ("definition", "cpu")
+    assert said == []
+
+
+def test_a_kernel_in_a_file_of_another_name(folder):
+    (folder / "several.py").write_text("def one_of_them(x):\n    return 'kernel'\n")
+
+    def one_of_them(x):
+        return "definition"
+
+    assert kernels_bmojo.dispatch(one_of_them, kernel="several")(ON_GPU) == "kernel"
+
+
+def test_float64_goes_through_the_definition(folder, said, monkeypatch):
+    write_kernel(folder, "in_float32")
+    op, wide = make_op("in_float32"), SimpleNamespace(device=ON_GPU.device, dtype=torch.float64)
+    assert (op(ON_GPU), op(wide)) == ("kernel", "definition")
+    assert "float64" in said[1][1]
+    monkeypatch.setenv("BMOJO_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match="float64"):
+        op(wide)
+
+
+def test_transforms_go_through_the_definition(folder, monkeypatch):
+    monkeypatch.setenv("BMOJO_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    write_kernel(folder, "transformed", "def transformed(x):\n    return x * 0\n")
+
+    def transformed(x):
+        return x * 3
+
+    op = kernels_bmojo.dispatch(transformed, kernel="transformed")
+    assert op(ON_CPU).tolist() == [0, 0]
+    assert torch.func.grad(lambda x: op(x).sum())(ON_CPU).tolist() == [3, 3]
+    assert torch.func.jvp(op, (ON_CPU,), (ON_CPU + 1,))[1].tolist() == [3, 3]
+
+
 def test_an_unknown_mode_is_refused(folder, monkeypatch):
     monkeypatch.setenv("BMOJO_KERNELS", "cuda")
     with pytest.raises(
@@ -134,9 +175,10 @@ def test_a_kernel_that_fails_to_import_is_not_hidden(folder):
 def test_the_choice_leaves_no_trace_in_a_compiled_graph(folder, monkeypatch):
     write_kernel(folder, "compiled", "def compiled(x):\n    return x * 5\n")
 
-    @kernels_bmojo.dispatch
     def compiled(x):
         return x * 3
+
+    compiled = kernels_bmojo.dispatch(compiled, kernel="compiled")
 
     run = torch.compile(lambda x: compiled(x) + 1, backend="eager", fullgraph=True)
     assert run(torch.ones(2)).tolist() == [4, 4]
