@@ -5,7 +5,7 @@ package, so this one points its own at the folder and `kernels/ssd_scan.py` beco
 of ours in a checkout, a local model folder and the Hub's cache alike. `kernels/` itself has no `__init__.py`: it would
 shadow Hugging Face's `kernels` package for every Python that starts in the repository's root.
 
-Environment variable `BMOJO_KERNELS`: "auto" (default) runs a kernel where one ships and the tensors are on a GPU; "torch"
+Environment variable `BMOJO_KERNELS`: "auto" (default) runs a kernel where one ships that GPUs have run before, and the tensors are on one; "torch"
 runs none; "definition" runs the definitions of `ops_bmojo` and `delta_ops_bmojo` only, not their other forms either; "triton" requires the kernel
 of every op that has one at the end of this file, on the CPU too under `TRITON_INTERPRET=1`.
 """
@@ -50,6 +50,7 @@ logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANS
 
 _NO_TRITON = "triton is not installed (`pip install triton`)"
 MODES = ("auto", "torch", "triton", "definition")
+UNPROVEN = {"attention"}  # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
 _HERE = Path(__file__).resolve().parent
 _loaded: dict[str, Callable] = {}  # the kernels in use, by name
 _told: set[str] = set()  # devices for which it was said why no kernel runs
@@ -183,6 +184,8 @@ def _obstacle(name: str, file: str, device: str, dtype: torch.dtype, mode: str) 
         return (
             f"no kernel {name} ships: there is no {file}.py in {', '.join(__path__) or 'any kernels folder in reach'}"
         )
+    if mode == "auto" and file in UNPROVEN:
+        return f"the kernel {name} was compiled and interpreted, but has not run on a GPU yet (BMOJO_KERNELS=triton runs it)"
     if dtype is torch.float64:
         return "the tensors are in float64 (kernels compute in float32)"
     return None if _has_triton() else _NO_TRITON
