@@ -1,5 +1,7 @@
 """PEFT on B'MOJO: adapters reach every linear layer, merge, and load again; prompt tuning works, prefix tuning says why not."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -145,18 +147,20 @@ def test_adapters_of_a_bfloat16_base(tiny_model, ids, overrides):
 
 @pytest.mark.parametrize("overrides", VARIANTS)
 def test_saved_adapter_and_merged_model_load_again(tiny_model, tmp_path, ids, overrides):
-    tiny_model(**overrides).save_pretrained(tmp_path / "base")
-    base = BMojoForCausalLM.from_pretrained(tmp_path / "base")
+    """In float64: in float32 the solver of Gated KalmaNet makes 1e-4 of the rounding of merged weights."""
+    load = partial(BMojoForCausalLM.from_pretrained, dtype=torch.float64)
+    tiny_model(**overrides, dtype=torch.float64).save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base")
     model = adapted(base, target_modules="all-linear", modules_to_save=["dynamics"])
     train(model, ids)
     trained = logits(model, ids)
     model.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(BMojoForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(logits(again, ids), trained)
     again.merge_and_unload().save_pretrained(tmp_path / "merged")
-    merged, info = BMojoForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    merged, info = load(tmp_path / "merged", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.allclose(logits(merged, ids), trained, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(logits(merged, ids), trained, rtol=1e-9, atol=1e-9)
 
 
 def test_adapter_of_a_repository_with_remote_code(tiny_model, tmp_path, ids):
