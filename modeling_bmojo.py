@@ -88,6 +88,12 @@ class BMojoMLP(nn.Module):
         return out if self.multipliers is None else out * self.multipliers[1]
 
 
+def normed(norm: nn.Module, hidden_states: torch.Tensor, residual_in_fp32: bool) -> torch.Tensor:
+    """The residual stream after a norm, in the dtype of the weights."""
+    hidden_states = norm(hidden_states)
+    return hidden_states.to(norm.weight.dtype) if residual_in_fp32 else hidden_states
+
+
 class BMojoDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -103,25 +109,18 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             self.mlp = BMojoMLP(config)
         self.residual_in_fp32 = config.residual_in_fp32
 
-    def mixer_input(self, hidden_states):
-        """The normed residual stream, in the dtype of the weights."""
-        normed = self.input_layernorm(hidden_states)
-        return normed.to(self.input_layernorm.weight.dtype) if self.residual_in_fp32 else normed
-
     def forward(self, hidden_states, call: Call | PackedCall, state=None):
         """Returns the hidden states, the new state (None without cache), and what a bmojo mixer remembered."""
-        normed = self.mixer_input(hidden_states)
+        mixer_input = normed(self.input_layernorm, hidden_states, self.residual_in_fp32)
         if isinstance(call, PackedCall):
-            mixed, memory = call.mix(self.mixer, normed)
+            mixed, memory = call.mix(self.mixer, mixer_input)
             new_state = None
         else:
-            mixed, new_state, memory = self.mixer(normed, call, state)
+            mixed, new_state, memory = self.mixer(mixer_input, call, state)
         hidden_states = hidden_states + mixed
         if self.mlp is not None:
-            normed = self.post_attention_layernorm(hidden_states)
-            if self.residual_in_fp32:
-                normed = normed.to(self.post_attention_layernorm.weight.dtype)
-            hidden_states = hidden_states + self.mlp(normed)
+            mlp_input = normed(self.post_attention_layernorm, hidden_states, self.residual_in_fp32)
+            hidden_states = hidden_states + self.mlp(mlp_input)
         return hidden_states, (None if state is None else new_state), memory
 
 
@@ -255,9 +254,7 @@ class BMojoModel(BMojoPreTrainedModel):
             hidden_states, all_hidden_states, memories = self._read(rows, layout, tokens, cache, whole)
 
         back = (lambda x: x) if layout is None else layout.from_rows
-        last_hidden_state = back(self.norm(hidden_states))
-        if self.residual_in_fp32:
-            last_hidden_state = last_hidden_state.to(self.norm.weight.dtype)
+        last_hidden_state = back(normed(self.norm, hidden_states, self.residual_in_fp32))
         losses = [memory["loss"] for memory in memories if "loss" in memory]
         output = BMojoModelOutput(
             last_hidden_state=last_hidden_state,
@@ -419,7 +416,7 @@ class BMojoModel(BMojoPreTrainedModel):
 def _replay(layer, hidden_states, call: Call, state, lengths):
     """The state of a layer after only the first `lengths` tokens of a call."""
     shorter = replace(call, lengths=lengths.to(hidden_states.device), in_place=False)
-    return layer.mixer(layer.mixer_input(hidden_states), shorter, state)[1]
+    return layer.mixer(normed(layer.input_layernorm, hidden_states, layer.residual_in_fp32), shorter, state)[1]
 
 
 def _check_cache(cache, config):

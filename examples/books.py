@@ -132,8 +132,10 @@ def measure(folder: Path, books: list[Path], common: np.ndarray, args: argparse.
         "books": [],
     }
     for path in books:
+        if len(result["books"]) == args.max_books:
+            break
         ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"][: args.length]
-        if len(ids) < args.length or len(result["books"]) == args.max_books:
+        if len(ids) < args.length:
             continue
         ids = [tokenizer.eos_token_id, *ids]
         nats = token_bits(model, ids, args.seq_len, carry=True).numpy() * math.log(2)
@@ -158,8 +160,8 @@ def measure(folder: Path, books: list[Path], common: np.ndarray, args: argparse.
     }
 
 
-def summarise(results: dict[str, dict], seq_len: int) -> str:
-    """A table in Markdown: loss by position, with the change against the end of the training length, and rare pairs."""
+def summarise(results: dict[str, dict]) -> str:
+    """A table in Markdown: loss by position, and of rare pairs with how many there are."""
     names = list(next(iter(results.values()))["positions"])
     lines = ["| model | " + " | ".join(names) + " | rare: first | within | beyond |"]
     lines.append("|" + " --- |" * (len(names) + 4))
@@ -173,7 +175,7 @@ def summarise(results: dict[str, dict], seq_len: int) -> str:
 
 
 def plot(results: dict[str, dict], seq_len: int, target: Path):
-    """Draw loss over position, each model's as the difference to B'MOJO's book by book, and the rare pairs."""
+    """Draw loss over position, and that of the rare pairs."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -232,7 +234,7 @@ def main():
                 common = keys[counts > RARE]
             record.write_text(json.dumps(measure(folder, books, common, args)) + "\n", encoding="utf-8")
         results[name] = json.loads(record.read_text(encoding="utf-8"))
-        print(summarise(results, args.seq_len), flush=True)
+        print(summarise(results), flush=True)
     (output / "books.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(results, args.seq_len, output / "books.png")
 

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from common import ROOT
+from recall_suites import SUITES
 from recall_tasks import IGNORED, TASKS, Examples, make_task
 from recall_variations import VARIATIONS
 from torch import nn
@@ -175,9 +176,9 @@ def build(run: Run, num_tokens: int) -> nn.Module:
     if wanted is None and run.model != "bmojo" and not theirs:
         plain = Run(ssm=run.ssm, layers=run.layers, hidden_size=run.hidden_size)
         wanted = sum(parameter.numel() for parameter in build(plain, num_tokens).parameters())
-    if wanted is not None and not (theirs and count(64) == count(128)):
-        slope = count(128) - count(64)
-        width = max(round(64 + (wanted - count(64)) * 64 / slope), 0)
+    low, high = (count(64), count(128)) if wanted is not None else (0, 0)
+    if high > low:
+        width = max(round(64 + (wanted - low) * 64 / (high - low)), 0)
         if width < 1:
             raise SystemExit(f"{run.model} has more than {wanted} parameters without any MLP; raise --parameters.")
         fields["intermediate_size"] = width
@@ -310,12 +311,8 @@ def train(run: Run, progress_bar: bool = True) -> dict:
     stages = stage_tasks(run)
     task = stages[-1][1]
     learner = Learner(build(run, task.num_tokens), task)
-    decayed = [p for p in learner.parameters() if p.dim() > 1 and not getattr(p, "_no_weight_decay", False)]
-    if hasattr(sys.modules[type(learner.model).__module__], "get_parameter_groups"):
-        groups = sys.modules[type(learner.model).__module__].get_parameter_groups(learner, run.weight_decay)
-    else:
-        rest = [p for p in learner.parameters() if not any(p is q for q in decayed)]
-        groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    get_parameter_groups = get_class_from_dynamic_module("modeling_bmojo.get_parameter_groups", str(ROOT))
+    groups = get_parameter_groups(learner, run.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.98))
     rng = np.random.default_rng((run.seed, 7))
     pool = task.sample(np.random.default_rng((run.seed, 5)), run.train_examples) if run.train_examples else None
@@ -410,8 +407,9 @@ def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
         def result(lr, seed, fields=fields, name=name):
             path = output / name / f"lr{lr:g}-seed{seed}.json"
             if not path.exists():
-                save(train(Run(**fields | {"lr": lr, "seed": seed}), bar), path)
-                print(f"{name}: {describe(json.loads(path.read_text(encoding='utf-8')))}", flush=True)
+                found = train(Run(**fields | {"lr": lr, "seed": seed}), bar)
+                save(found, path)
+                print(f"{name}: {describe(found)}", flush=True)
             return json.loads(path.read_text(encoding="utf-8"))
 
         def judge(found):
@@ -478,8 +476,6 @@ def main():
     """Run what the arguments say."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    from recall_suites import SUITES
-
     if args.list:
         for suite, rows in SUITES.items():
             print(f"{suite}: {', '.join(rows)}")

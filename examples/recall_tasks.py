@@ -44,8 +44,29 @@ def shuffle(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values, rng.random(values.shape).argsort(1), 1)
 
 
+class Task:
+    """What the tasks share; half of the `known` ids are keys, the rest values."""
+
+    vocab_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that a model must know."""
+        return self.vocab_size
+
+    @property
+    def known(self) -> int:
+        """Ids of keys and values, which come first."""
+        return self.vocab_size - 1
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess among the values."""
+        return 1 / (self.known - self.known // 2)
+
+
 @dataclass(frozen=True)
-class AssociativeRecall:
+class AssociativeRecall(Task):
     """Multi-query associative recall as in zoology: pairs of key and value, then queries, which are keys seen before.
 
     The keys are 1 ... vocab_size / 2 - 1, the values the rest; both without repetition in an example. Every key is asked
@@ -90,12 +111,11 @@ class AssociativeRecall:
 
     @property
     def num_tokens(self) -> int:
-        """Ids that a model must know."""
         return self.vocab_size + self.noise_vocab_size
 
     @property
-    def chance(self) -> float:
-        return 1 / (self.vocab_size - self.vocab_size // 2)
+    def known(self) -> int:
+        return self.vocab_size
 
     def sample(self, rng: np.random.Generator, examples: int, training: bool = True) -> Examples:
         """Draw examples; `training` makes no difference here."""
@@ -123,7 +143,7 @@ class AssociativeRecall:
 
 
 @dataclass(frozen=True)
-class InContextRecall:
+class InContextRecall(Task):
     """MAD's in-context recall and, with noise, noisy in-context recall: pairs of key and value, each key always with its value.
 
     Training predicts every next token; what counts is the value of every key that came before (MAD's `multi_query`).
@@ -148,17 +168,12 @@ class InContextRecall:
             raise ValueError(f"noise {self.noise} needs a noise_vocab_size.")
 
     @property
-    def num_tokens(self) -> int:
-        return self.vocab_size
-
-    @property
-    def chance(self) -> float:
-        known = self.vocab_size - self.noise_vocab_size
-        return 1 / (known - known // 2)
+    def known(self) -> int:
+        return self.vocab_size - self.noise_vocab_size
 
     def sample(self, rng: np.random.Generator, examples: int, training: bool = True) -> Examples:
         """Draw examples; labels are the next tokens for training, the values of known keys for the test."""
-        known, pairs = self.vocab_size - self.noise_vocab_size, self.length // 2
+        known, pairs = self.known, self.length // 2
         meaning = rng.integers(known // 2, known, (examples, known // 2))
         keys = rng.integers(0, known // 2, (examples, pairs))
         is_noise = rng.random((examples, pairs)) < self.noise
@@ -184,7 +199,7 @@ class InContextRecall:
 
 
 @dataclass(frozen=True)
-class FuzzyRecall:
+class FuzzyRecall(Task):
     """MAD's fuzzy in-context recall: keys and values are motifs of one to `motif` tokens, of pairwise different tokens.
 
     Keys of the test have the longest motifs; those of training any length. Values have any length in both. What counts
@@ -201,22 +216,13 @@ class FuzzyRecall:
                 f"motif {self.motif} needs a length above {6 * self.motif} and a vocab_size above {2 * self.motif}."
             )
 
-    @property
-    def num_tokens(self) -> int:
-        return self.vocab_size
-
-    @property
-    def chance(self) -> float:
-        known = self.vocab_size - 1
-        return 1 / (known - known // 2)
-
     def sample(self, rng: np.random.Generator, examples: int, training: bool = True) -> Examples:
         """Draw examples, shorter ones padded at the front with the last id."""
         rows = [self._row(rng, training) for _ in range(examples)]
         return Examples(*(np.stack(part) for part in zip(*rows, strict=True)))
 
     def _row(self, rng, training):
-        known, pad = self.vocab_size - 1, self.vocab_size - 1
+        known, pad = self.known, self.vocab_size - 1
         sizes = range(1, self.motif + 1) if training else (self.motif,)
 
         def draw(low, high, sizes):
@@ -253,7 +259,7 @@ class FuzzyRecall:
 
 
 @dataclass(frozen=True)
-class SelectiveCopying:
+class SelectiveCopying(Task):
     """MAD's selective copying: tokens among blanks, then a sign, then blanks in whose places the tokens must appear in order."""
 
     length: int = 256
@@ -263,10 +269,6 @@ class SelectiveCopying:
     def __post_init__(self):
         if self.length <= 2 * self.copied + 1:
             raise ValueError(f"length {self.length} must be above 2 * copied + 1 = {2 * self.copied + 1}.")
-
-    @property
-    def num_tokens(self) -> int:
-        return self.vocab_size
 
     @property
     def chance(self) -> float:
@@ -288,7 +290,7 @@ class SelectiveCopying:
 
 
 @dataclass(frozen=True)
-class Compression:
+class Compression(Task):
     """MAD's compression: a sequence must be read back, place by place, from the last token's hidden state alone.
 
     The model needs a decoder behind it: `recall.py` adds MAD's, two layers on the state plus a sinusoid of the place.
@@ -296,10 +298,6 @@ class Compression:
 
     length: int = 32
     vocab_size: int = 16
-
-    @property
-    def num_tokens(self) -> int:
-        return self.vocab_size
 
     @property
     def chance(self) -> float:
@@ -313,25 +311,16 @@ class Compression:
 
 
 @dataclass(frozen=True)
-class Memorization:
+class Memorization(Task):
     """MAD's memorization: the value of a key is the same in all examples and never shown; a sign stands in its place."""
 
     length: int = 32
     vocab_size: int = 256
     facts_seed: int = 12345
 
-    @property
-    def num_tokens(self) -> int:
-        return self.vocab_size
-
-    @property
-    def chance(self) -> float:
-        known = self.vocab_size - 1
-        return 1 / (known - known // 2)
-
     def sample(self, rng: np.random.Generator, examples: int, training: bool = True) -> Examples:
         """Draw examples; `training` makes no difference here."""
-        known = self.vocab_size - 1
+        known = self.known
         facts = np.random.default_rng(self.facts_seed).permutation(np.arange(known // 2, known))[: known // 2]
         keys = rng.integers(0, known // 2, (examples, self.length // 2))
         ids = np.stack([keys, np.full_like(keys, self.vocab_size - 1)], 2).reshape(examples, -1)

@@ -13,8 +13,8 @@ from torch import nn
 
 
 def bmojo_mixers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the model that have an eidetic memory."""
-    return [module for module in model.modules() if type(module).__name__ == "BMojoMixer" and module.memory]
+    """The B'MOJO layers of the model."""
+    return [module for module in model.modules() if type(module).__name__ == "BMojoMixer"]
 
 
 def running_average(y: torch.Tensor, kernel: int) -> torch.Tensor:
@@ -34,7 +34,7 @@ def score_with(model: nn.Module, score: Callable):
         with torch.no_grad():
             return {"innovation": score(mixer, mixer.read, y).float()}
 
-    for mixer in bmojo_mixers(model):
+    for mixer in bmojo_mixers(model):  # those without eidetic memory never ask
         mixer.register_forward_pre_hook(lambda module, inputs: setattr(module, "read", inputs[0]))
         mixer.innovation = MethodType(innovation, mixer)
 
@@ -85,10 +85,9 @@ def state_prediction(model: nn.Module):
 
 def add_fading_token(model: nn.Module):
     """Add the current fading token y_t to the layer's output."""
-    for mixer in model.modules():
-        if type(mixer).__name__ == "BMojoMixer":
-            mixer.fading.register_forward_hook(lambda module, inputs, output: setattr(module, "said", output[0]))
-            mixer.register_forward_hook(lambda module, inputs, output: (output[0] + module.fading.said, *output[1:]))
+    for mixer in bmojo_mixers(model):
+        mixer.fading.register_forward_hook(lambda module, inputs, output: setattr(module, "said", output[0]))
+        mixer.register_forward_hook(lambda module, inputs, output: (output[0] + module.fading.said, *output[1:]))
 
 
 VARIATIONS = {

@@ -82,7 +82,7 @@ def test_what_is_measured(trained):
     nothing = books.measure(trained / "m" / "final", text, np.unique(books.pair_keys(np.array([0, *ids]))), args)
     left = sum(values[0][1] for values in nothing["rare"].values())
     assert left <= 1  # the pair of the end-of-text token with the first word
-    table = books.summarise({"m": everything}, 256)
+    table = books.summarise({"m": everything})
     assert f"{everything['positions']['256-512'][0]:.3f}" in table
     books.plot({"m": everything, "n": nothing}, 256, trained / "books.png")
     assert (trained / "books.png").stat().st_size > 10_000
