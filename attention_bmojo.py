@@ -19,6 +19,7 @@ from .call_bmojo import (
 )
 from .configuration_bmojo import LEARNED_CHOICES
 from .kernels_bmojo import memory_attention, prediction_error, rotate
+from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoRMSNorm
 from .numerics_bmojo import at_least_float32, widen
 from .ops_bmojo import hash_scores, predict, running_selection, select
@@ -32,12 +33,12 @@ class BMojoAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(
+        self.q_proj = BMojoLinear(
             config.hidden_size, config.num_attention_heads * config.head_dim, bias=config.attention_bias
         )
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(
+        self.k_proj = BMojoLinear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = BMojoLinear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = BMojoLinear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias
         )
         self.q_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
@@ -235,12 +236,12 @@ class BMojoMixer(BMojoWindowAttention):
         self.fading = SSM_CLASSES[config.ssm_type](config)
         if config.fading_span and not config.tie_attn_weights:
             kv_size = config.num_key_value_heads * config.head_dim
-            self.fading_k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-            self.fading_v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+            self.fading_k_proj = BMojoLinear(config.hidden_size, kv_size, bias=config.attention_bias)
+            self.fading_v_proj = BMojoLinear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.asks_twice = config.fading_query
         if config.fading_query:
             size = config.num_attention_heads * config.head_dim
-            self.fading_q_proj = nn.Linear(config.hidden_size, size, bias=config.attention_bias)
+            self.fading_q_proj = BMojoLinear(config.hidden_size, size, bias=config.attention_bias)
             norm = partial(BMojoRMSNorm, config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity
             self.fading_q_norm, self.fading_k_norm = norm(), norm()
         if self.memory and config.innovation_predictor == "learnable":

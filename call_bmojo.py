@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cache_bmojo import memory_slots
+from .configuration_bmojo import SSM_TYPES
 from .layout_bmojo import PackedLayout, Rows
 from .numerics_bmojo import at_least_float32
 
@@ -51,7 +52,7 @@ class Call:
         positions: position of every token in its row, (rows or 1, seq_len) int64.
         table: from positions (...) to cos and sin (..., head_dim); `inverse=True` for the opposite rotation. Where only a
             part of a head is rotated, sin is as wide as that part, and cos 1 beyond it.
-        cos, sin: the table at `positions`.
+        cos, sin: the table at `positions`; None for a single token where no layer reads them.
         scaling: the factor that is on them (attention scaling of YaRN; 1 else).
         in_place: states may be overwritten: no gradient is recorded and nothing will be rolled back.
         any_mode: whether torch lets this call write what was made in inference mode.
@@ -261,6 +262,8 @@ def step_plan(config) -> SimpleNamespace:
     plan = SimpleNamespace(**{name: getattr(config, name) for name in names.split()})
     plan.softmax_scale = score_scale(config)
     kinds = sorted(set(config.layers_block_type) & {"sliding_attention", "bmojo"})
+    # layers that rotate a single token by `Call.cos`, not by `Step.cos`
+    plan.turns_alone = config.mamba_use_pos_emb or not set(config.layers_block_type) <= {"bmojo", *SSM_TYPES}
     plan.slots = {layer_type: memory_slots(config, layer_type) for layer_type in kinds}
     return plan
 

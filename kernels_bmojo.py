@@ -27,6 +27,7 @@ from .cpu_bmojo import (
     blocked_causal_conv,
     blocked_memory_attention,
     blocked_prediction_error,
+    blocked_project_token,
     blocked_rms_norm,
     blocked_rotate,
     blocked_selective_scan,
@@ -38,6 +39,7 @@ from .ops_bmojo import (
     causal_conv,
     memory_attention,
     prediction_error,
+    project_token,
     rms_norm,
     rotate,
     selective_scan,
@@ -213,3 +215,4 @@ memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="
 rms_norm = dispatch(rms_norm, blocked_rms_norm)
 silu_gate = dispatch(silu_gate, blocked_silu_gate)
 rotate = dispatch(rotate, blocked_rotate)
+project_token = dispatch(project_token, blocked_project_token)

@@ -27,6 +27,7 @@ from .call_bmojo import Call, PackedCall, Step, make_step, step_plan
 from .configuration_bmojo import AUTO_MAP, BMojoConfig
 from .kernels_bmojo import attach, copy_kernels, silu_gate
 from .layout_bmojo import PackedLayout, read_layout, read_mask
+from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoLayerNorm, BMojoRMSNorm, block_norm
 from .numerics_bmojo import at_least_float32, widen
 from .ops_bmojo import rotary_table
@@ -69,9 +70,9 @@ class BMojoMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = BMojoLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act in ("silu", "swish")
         self.multipliers = config.mlp_multipliers
 
@@ -282,7 +283,8 @@ class BMojoModel(BMojoPreTrainedModel):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq_len).")
         if not torch.compiler.is_compiling() and input_ids.numel() and input_ids.device.type != "meta":
-            low, high = (int(bound) for bound in input_ids.aminmax())
+            ids = input_ids.flatten().tolist() if input_ids.numel() <= 16 else input_ids.aminmax()
+            low, high = int(min(ids)), int(max(ids))
             size = self.embed_tokens.num_embeddings
             if low < 0 or high >= size:
                 raise ValueError(
@@ -358,12 +360,13 @@ class BMojoModel(BMojoPreTrainedModel):
         in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
         fixed_columns = cache is not None and cache.max_cache_len is not None
         any_mode = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-        cos, sin = table(positions)
+        single = past is not None and seq_len == 1
+        cos, sin = (None, None) if single and not self.plan.turns_alone else table(positions)
         call = Call(
             *(past, lengths, positions, table, cos, sin, scaling, in_place, any_mode, fixed_columns, phase, lead),
             step=None,
         )
-        if past is not None and seq_len == 1:
+        if single:
             boundary = phase == 0
             if lengths is not None:  # a row without a new token stays before its boundary
                 boundary = boundary & (lengths[:, None] > 0)
@@ -470,7 +473,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
     def __init__(self, config: BMojoConfig):
         super().__init__(config)
         self.model = BMojoModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = BMojoLinear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head_multiplier = config.lm_head_multiplier
         self.post_init()
 

@@ -187,8 +187,13 @@ def causal_conv(x, weight, bias=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Norm and gate
+# Projection, norm and gate
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def project_token(x, weight, bias=None):
+    """A linear layer for one token: x (..., in_features) with as many elements, weight (out_features, in_features)."""
+    return F.linear(x, weight, bias)
 
 
 def rms_norm(x, weight, eps: float, n_groups: int = 1):
@@ -200,7 +205,8 @@ def rms_norm(x, weight, eps: float, n_groups: int = 1):
     """
     wide = widen(x) if n_groups == 1 else widen(x).unflatten(-1, (n_groups, -1))
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    normed = wide * length.square().mul(1 / wide.shape[-1]).add(eps).rsqrt()
+    mean = torch.addcmul(length.new_full((), eps), length, length, value=1 / wide.shape[-1])  # and eps: one operation
+    normed = wide * mean.rsqrt()
     normed = (normed if n_groups == 1 else normed.flatten(-2)) * weight
     return normed if normed.dtype is x.dtype else normed.to(x.dtype)
 

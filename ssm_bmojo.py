@@ -14,6 +14,7 @@ from .call_bmojo import Call, take_rows
 from .configuration_bmojo import DELTA_TYPES
 from .delta_ops_bmojo import delta_step, kalman_step
 from .kernels_bmojo import causal_conv, delta_scan, kalman_scan, rotate, selective_scan, silu_gate, ssd_scan
+from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoRMSNorm
 from .numerics_bmojo import widen
 from .ops_bmojo import selective_step, ssd_step
@@ -86,10 +87,8 @@ class BMojoConv1d(nn.Conv1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, channels, conv_kernel - 1 + seq_len) to (rows, channels, seq_len)."""
         if x.shape[2] == self.kernel_size[0]:  # one token
-            x, weight = x.transpose(0, 1), self.weight.transpose(1, 2)  # a product for every channel
-            if self.bias is None:
-                return torch.bmm(x, weight).transpose(0, 1)
-            return torch.baddbmm(self.bias[:, None, None], x, weight).transpose(0, 1)
+            y = (x.transpose(1, 2) * self.weight[:, 0].t()).sum(1, keepdim=True)
+            return (y if self.bias is None else y + self.bias).transpose(1, 2)
         return causal_conv(x.transpose(1, 2), self.weight[:, 0], self.bias).transpose(1, 2)
 
 
@@ -101,13 +100,13 @@ class BMojoSSM(nn.Module):
         self.config = config
         self.act_fn = F.silu if config.mamba_hidden_act in ("silu", "swish") else ACT2FN[config.mamba_hidden_act]
         self.taps, self.chunk_size = config.conv_kernel, config.chunk_size
-        self.in_proj = nn.Linear(config.hidden_size, projected, bias=config.use_bias)
+        self.in_proj = BMojoLinear(config.hidden_size, projected, bias=config.use_bias)
         if convolved:
             self.conv1d = BMojoConv1d(
                 convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
             )
         self.dynamics = BMojoDecay(config) if kind in DELTA_TYPES else BMojoDynamics(config, kind)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.projectors_bias)
+        self.out_proj = BMojoLinear(inner, config.hidden_size, bias=config.projectors_bias)
 
     def convolve(self, x, call: Call, state):
         """act_fn(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
@@ -204,7 +203,7 @@ class BMojoMamba2(BMojoSSM):
         return y if self.norm is None else self.norm(y)
 
 
-class BMojoTimeStepProjection(nn.Linear):
+class BMojoTimeStepProjection(BMojoLinear):
     """Mamba's projection from the low-rank time step, a Linear that is initialised in its own way."""
 
 
@@ -215,7 +214,7 @@ class BMojoMamba(BMojoSSM):
         (inner,) = convolved_widths(config, "mamba")
         super().__init__(config, 2 * inner, inner, inner, "mamba")
         self.sizes = [config.time_step_rank, config.state_size, config.state_size]
-        self.x_proj = nn.Linear(inner, config.time_step_rank + 2 * config.state_size, bias=False)
+        self.x_proj = BMojoLinear(inner, config.time_step_rank + 2 * config.state_size, bias=False)
         self.dt_proj = BMojoTimeStepProjection(config.time_step_rank, inner, bias=False)
         self.normed = config.mixer_norm is not None
         if self.normed:
@@ -321,9 +320,9 @@ class BMojoKalmaNet(BMojoDelta):
         self.scale = config.head_dim**-0.5 if config.gla_rescale else 1.0
         self.b_proj = self.alpha_proj = None
         if config.use_beta_gate:
-            self.b_proj = nn.Linear(config.hidden_size, self.heads)
+            self.b_proj = BMojoLinear(config.hidden_size, self.heads)
         if config.use_alpha_connection:
-            self.alpha_proj = nn.Linear(config.hidden_size, self.heads)
+            self.alpha_proj = BMojoLinear(config.hidden_size, self.heads)
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv", "ssm" and "kk_ssm" of the new state, and nothing to show."""
@@ -355,8 +354,8 @@ class BMojoHeadExpansion(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.down_proj = nn.Linear(kv_heads * config.head_dim, config.kv_proj_rank, bias=False)
-        self.up_proj = nn.Linear(config.kv_proj_rank, self.heads * config.head_dim, bias=False)
+        self.down_proj = BMojoLinear(kv_heads * config.head_dim, config.kv_proj_rank, bias=False)
+        self.up_proj = BMojoLinear(config.kv_proj_rank, self.heads * config.head_dim, bias=False)
         self.mixture = nn.Parameter(torch.zeros(self.heads, kv_heads)) if config.kv_learnable_residual else None
 
     def forward(self, x):
