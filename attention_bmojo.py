@@ -21,7 +21,7 @@ from .configuration_bmojo import LEARNED_CHOICES
 from .kernels_bmojo import memory_attention, prediction_error, rotate
 from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoRMSNorm
-from .numerics_bmojo import at_least_float32, widen
+from .numerics_bmojo import at_least_float32, no_autocast, widen
 from .ops_bmojo import hash_scores, predict, running_selection, select
 from .ssm_bmojo import SSM_CLASSES, BMojoConv1d
 
@@ -43,6 +43,7 @@ class BMojoAttention(nn.Module):
         )
         self.q_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.norms_heads = config.use_qk_norm
         self.head_dim, self.scale, self.key_multiplier = config.head_dim, score_scale(config), config.key_multiplier
         self.interleaved = config.rotary_dim if config.rope_interleave else 0
         self.conv1d = None
@@ -51,16 +52,20 @@ class BMojoAttention(nn.Module):
             self.conv1d = BMojoConv1d(channels, channels, taps, groups=channels, bias=True, padding=0)
 
     def heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def query_heads(self, x, norm=None):
         """Projected queries (..., heads * head_dim) to (..., heads, head_dim), as they are before the rotation."""
-        query = (norm or self.q_norm)(self.heads(x))
+        query = self.heads(x)
+        if self.norms_heads:
+            query = (norm or self.q_norm)(query)
         return self.halves(query) if self.interleaved else query
 
     def key_heads(self, x, norm=None):
         """Projected keys (..., kv heads * head_dim) to (..., kv heads, head_dim), as they are before the rotation."""
-        key = (norm or self.k_norm)(self.heads(x))
+        key = self.heads(x)
+        if self.norms_heads:
+            key = (norm or self.k_norm)(key)
         if self.key_multiplier != 1:
             key = key * self.key_multiplier
         return self.halves(key) if self.interleaved else key
@@ -172,7 +177,7 @@ class BMojoWindowAttention(BMojoAttention):
 
     def put(self, state, call: Call, key, value):
         """Write one token of each ring, (rows, rings, kv heads, head_dim), into the state's keys and values."""
-        index = call.step.index[self.layer_type].expand(-1, key.shape[2], -1, key.shape[3])
+        index = call.step.index[self.layer_type]
         tokens = {"key": key, "value": value}
         return {name: call.put(state[name], 2, index, token.transpose(1, 2)) for name, token in tokens.items()}
 
@@ -271,8 +276,9 @@ class BMojoMixer(BMojoWindowAttention):
         """As `full_innovation`, with few operations for the usual single token."""
         if call.step is None or torch.is_grad_enabled() or "history" not in state or hasattr(self, "predictor"):
             return self.full_innovation(y, call, state)
-        expected = torch.bmm(call.step.predictor, widen(state["history"]))
-        error = torch.linalg.vector_norm(widen(y) - expected, dim=-1).square_().nan_to_num_(-1, torch.inf)
+        with no_autocast(y):
+            missed = torch.baddbmm(widen(y), call.step.predictor, widen(state["history"]), alpha=-1)
+        error = torch.linalg.vector_norm(missed, dim=-1).square_().nan_to_num_(-1, torch.inf)
         return {"innovation": error if call.lengths is None else error.masked_fill(~call.real(), -torch.inf)}
 
     @torch.no_grad()
@@ -327,22 +333,20 @@ class BMojoMixer(BMojoWindowAttention):
         queries = [query, query] if self.memory else [query]
         if self.asks_twice:
             queries.append(self.query_heads(self.fading_q_proj(u), self.fading_q_norm))
-        turned = rotate.definition(
-            torch.cat([*queries, key.reshape(len(key), 1, -1, key.shape[3])], 2), step.cos, step.sin
-        )
-        kept = self.put(state, call, turned[:, 0, len(queries) * heads :].unflatten(1, (rings, -1)), value)
-        positions = eidetic_query = fading_query = None
-        if self.asks_twice:
-            fading_query = turned[:, :, (len(queries) - 1) * heads : len(queries) * heads]
+        key = key.view(len(key), 1, -1, self.head_dim)
+        turned = rotate.definition(torch.cat([*queries, key], 2), step.cos, step.sin)
+        query, *queries, key = turned.split_with_sizes([heads] * len(queries) + [key.shape[2]], 2)
+        kept = self.put(state, call, key.view(len(key), rings, -1, self.head_dim), value)
+        positions = eidetic_query = None
+        fading_query = queries.pop() if self.asks_twice else None
         if self.memory:
-            slot = step.index["bmojo"][:, 0, :1, 0]
-            kept["window_innovation"] = call.put(state["window_innovation"], 1, slot, innovation)
+            eidetic_query = queries.pop()
+            kept["window_innovation"] = call.put(state["window_innovation"], 1, step.slot, innovation)
             kept |= {name: state[name] for name in ("eidetic_innovation", "eidetic_position")}
             if step.boundary is not None:
                 kept = self.cross_boundary(kept, call)
             positions = kept["eidetic_position"][:, None]
-            eidetic_query = turned[:, :, heads : 2 * heads]
-        mixed = self.attend_to_cache(kept, call, turned[:, :, :heads], eidetic_query, fading_query)
+        mixed = self.attend_to_cache(kept, call, query, eidetic_query, fading_query)
         return mixed, kept, positions
 
     def cross_boundary(self, state, call: Call):

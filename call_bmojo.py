@@ -19,7 +19,8 @@ class Step:
     """What every layer needs to answer one token of each row from the cache.
 
     Attributes:
-        index: by layer type the slots that the token is written to, one of every ring, (rows, 1, rings, 1) int64.
+        index: by layer type the slots that the token is written to, one of every ring, (rows, kv heads, rings, head_dim) int64.
+        slot: of those the window's in `bmojo` layers, (rows, 1); None without such layers.
         mask: by layer type what is added to the scores of all slots, (rows or rows * kv heads, 1, slots): 0 or -inf.
         cos, sin: for queries, queries of the eidetic memory, of fading keys (as far as there are) and keys, side by side as
             heads, (rows, 1, heads, head_dim); times the scale of the scores for queries.
@@ -28,6 +29,7 @@ class Step:
     """
 
     index: dict[str, torch.Tensor]
+    slot: torch.Tensor | None
     mask: dict[str, torch.Tensor]
     cos: torch.Tensor
     sin: torch.Tensor
@@ -38,8 +40,9 @@ class Step:
         """The step of one of the rows, for `rows` rows that are all as far."""
         own = slice(number, number + 1)
         index = {name: part[own].expand(rows, -1, -1, -1) for name, part in self.index.items()}
+        slot = None if self.slot is None else self.slot[own].expand(rows, -1)
         mask = {name: part[own] for name, part in self.mask.items()}
-        return Step(index, mask, self.cos[own], self.sin[own], self.predictor[own].expand(rows, -1, -1), None)
+        return Step(index, slot, mask, self.cos[own], self.sin[own], self.predictor[own].expand(rows, -1, -1), None)
 
 
 @dataclass
@@ -234,8 +237,8 @@ def last_rows(previous, new, lengths):
     """The last tokens of (previous, new) in a buffer as long as `previous`, given the real lengths of `new`."""
     size = previous.shape[1]
     if lengths is None:
-        both = torch.cat([previous.to(new.dtype), new[:, max(0, new.shape[1] - size) :]], 1)
-        return both[:, both.shape[1] - size :]
+        new = new if new.shape[1] <= size else new[:, new.shape[1] - size :]
+        return torch.cat([previous[:, new.shape[1] :].to(new.dtype), new], 1)
     both = torch.cat([previous.to(new.dtype), new], 1)
     return take_rows(both, lengths[:, None] + torch.arange(size, device=new.device))
 
@@ -275,7 +278,7 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
     """
     dtype, device = at_least_float32(like), past.device
     position, rows = past[:, None], len(past)
-    index, mask = {}, {}
+    index, slot, mask = {}, None, {}
     for layer_type, slots in config.slots.items():
         written, visible = [], []
         for span, newest in (("window", 0), ("fading", config.sliding_window)):
@@ -287,7 +290,9 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
         if "eidetic" in slots:  # filled from the back with the tokens that have left the window at the chunk's start
             begun = position - position % config.eidetic_chunk_size - config.sliding_window + 1
             visible.append(torch.arange(config.eidetic_size, 0, -1, device=device) <= begun)
-        index[layer_type] = torch.cat(written, 1)[:, None, :, None]
+        written = torch.cat(written, 1)
+        slot = written[:, :1] if layer_type == "bmojo" else slot
+        index[layer_type] = written[:, None, :, None].expand(-1, config.num_key_value_heads, -1, config.head_dim)
         unseen = torch.zeros(1, dtype=dtype, device=device).masked_fill(~torch.cat(visible, 1), -torch.inf)
         mask[layer_type] = unseen[:, None]
 
@@ -308,4 +313,4 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
     ages = torch.arange(config.innovation_kernel, 0, -1, device=device)  # the oldest comes first
     weights = predictor_weights(config, dtype, device).flip(0) * (ages <= position)
     total = weights.sum(-1, keepdim=True)
-    return Step(index, mask, cos, sin, (weights / torch.where(total > 0, total, 1))[:, None], None)
+    return Step(index, slot, mask, cos, sin, (weights / torch.where(total > 0, total, 1))[:, None], None)

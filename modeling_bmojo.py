@@ -85,7 +85,11 @@ class BMojoMLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.multipliers is not None:
             gate = gate * self.multipliers[0]
-        out = self.down_proj(silu_gate(gate, up) if self.is_silu and x.shape[1] > 1 else self.act_fn(gate) * up)
+        if self.is_silu:
+            inner = silu_gate(gate, up) if x.shape[1] > 1 else silu_gate.definition(gate, up)
+        else:
+            inner = self.act_fn(gate) * up
+        out = self.down_proj(inner)
         return out if self.multipliers is None else out * self.multipliers[1]
 
 

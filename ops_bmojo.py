@@ -145,17 +145,16 @@ def ssd_step(x, dt, A, B, C, state, in_place: bool = False):
     """
     batch, n_groups, state_size = B.shape
     dtype = state.dtype
-    decay = (dt * A).exp_()[..., None, None]
-    added = (x * dt[..., None]).view(batch, n_groups, -1, 1)
-    state = state.mul_(decay) if in_place else state * decay
-    grouped = state.view(batch, n_groups, -1, state_size)
-    B, C = B[:, :, None], C[..., None]
+    decay = (dt * A).exp_().view(*dt.shape, 1, 1)
+    added = (x * dt.unsqueeze(-1)).view(batch * n_groups, -1, 1)
+    state = state.mul_(decay) if in_place else state * decay  # contiguous, as the cache makes it
+    B, C = B.reshape(-1, 1, state_size), C.reshape(-1, state_size, 1)
     if B.dtype is not dtype:
         B, C = B.to(dtype), C.to(dtype)
-    grouped = grouped.addcmul_(added, B) if in_place else torch.addcmul(grouped, added, B)
+    grouped = state.view(batch * n_groups, -1, state_size).addcmul_(added, B)
     with no_autocast(x):
-        y = torch.bmm(grouped.flatten(0, 1), C.flatten(0, 1))
-    return y.view(x.shape), grouped.view(state.shape)
+        y = torch.bmm(grouped, C)
+    return y.view(x.shape), state
 
 
 def selective_step(x, dt, A, B, C, state, in_place: bool = False):

@@ -87,7 +87,7 @@ class BMojoConv1d(nn.Conv1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, channels, conv_kernel - 1 + seq_len) to (rows, channels, seq_len)."""
         if x.shape[2] == self.kernel_size[0]:  # one token
-            y = (x.transpose(1, 2) * self.weight[:, 0].t()).sum(1, keepdim=True)
+            y = (x.transpose(1, 2) * self.weight.permute(1, 2, 0)).sum(1, keepdim=True)
             return (y if self.bias is None else y + self.bias).transpose(1, 2)
         return causal_conv(x.transpose(1, 2), self.weight[:, 0], self.bias).transpose(1, 2)
 
