@@ -34,7 +34,6 @@ from .ops_bmojo import (
 
 _LOG2E = math.log2(math.e)
 _SMALL = 2**12  # elements below which one pass of the definition costs less than a loop
-_SHORT_ROW = 768  # elements of a weight's row up to which one token's product with it is faster as multiply and sum
 _BLOCK = 2**18  # elements of the largest temporary of a block: 1 MiB of float32, half of a usual L2 cache
 
 
@@ -441,19 +440,17 @@ def _conv_blocks(x, seq_len):
 
 def blocked_project_token(x, weight, bias=None):
     """See `ops_bmojo.project_token`. For short rows MKL reads a weight at a quarter of the memory's speed on AMD's processors."""
-    shape = weight.shape
-    usual = x.dtype is torch.float32 and weight.dtype is torch.float32 and shape[1] <= _SHORT_ROW
+    usual = x.dtype is torch.float32 and weight.dtype is torch.float32
     if not usual or not _has_slow_products() or torch.is_autocast_enabled("cpu"):
         return project_token(x, weight, bias)
-    rows = 2 * _BLOCK // shape[1]
-    if shape[0] <= rows:
-        y = torch.mul(weight, x.view(-1), out=_scratch.products(*shape)).sum(-1)
+    count, size = weight.shape
+    row, rows = x.view(size), 2 * _BLOCK // size
+    if count <= rows:
+        y = torch.mul(weight, row, out=_scratch.products(count, size)).sum(-1)
     else:
-        row, y = x.view(-1), []
-        for part in weight.split(rows):
-            y.append(torch.mul(part, row, out=_scratch.products(*part.shape)).sum(-1))
-        y = torch.cat(y)
-    y = y.view(*x.shape[:-1], shape[0])
+        parts = weight.split(rows)
+        y = torch.cat([torch.mul(part, row, out=_scratch.products(*part.shape)).sum(-1) for part in parts])
+    y = y.view(*x.shape[:-1], count)
     return y if bias is None else y.add_(bias)
 
 

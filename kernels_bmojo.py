@@ -127,8 +127,8 @@ def dispatch(
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
         mode = os.environ.get("BMOJO_KERNELS", "auto")
-        known = kernel is None or "cpu" in _told  # that no kernel runs on a CPU
-        if known and mode == "auto" and cpu is not None and x.device.type == "cpu" and _is_plain(x):
+        known = cpu is not None and (kernel is None or "cpu" in _told)  # that no kernel runs on a CPU
+        if known and mode == "auto" and x.device.type == "cpu" and _is_plain(x):
             return cpu(x, *args, **kwargs)  # the usual case, at the least cost once it has been said
         if mode not in MODES:
             raise ValueError(f"BMOJO_KERNELS is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")

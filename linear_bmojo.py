@@ -7,14 +7,16 @@ from torch import nn
 from .kernels_bmojo import project_token
 
 
-_LARGE = 2**17  # entries of a weight below which choosing among formulations costs more than the best of them saves
+# weights for which choosing a formulation pays: rows no longer than, and more entries than
+_ROW, _ENTRIES = 768, 2**17
 
 
 class BMojoLinear(nn.Linear):
     """A linear layer, which for one token without gradients takes the formulation that reads its weight fastest."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if x.numel() != self.in_features or weight.numel() < _LARGE or torch.is_grad_enabled():
-            return F.linear(x, weight, self.bias)
-        return project_token(x, weight, self.bias)
+        size = self.in_features
+        single = x.numel() == size <= _ROW and size * self.out_features > _ENTRIES
+        if single and not torch.is_grad_enabled():
+            return project_token(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)

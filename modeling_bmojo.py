@@ -77,7 +77,7 @@ class BMojoMLP(nn.Module):
         self.multipliers = config.mlp_multipliers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and x.shape[1] > self.block and not torch.is_grad_enabled():
+        if x.shape[1] > self.block and x.device.type == "cpu" and not torch.is_grad_enabled():
             return torch.cat([self._forward(part) for part in x.split(self.block, 1)], 1)
         return self._forward(x)
 
