@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from bmojo import kernels_bmojo
+from bmojo import cpu_bmojo, kernels_bmojo, linear_bmojo
 from bmojo.cache_bmojo import BMojoCache
 
 
@@ -926,3 +926,75 @@ def test_a_stream_is_the_definitions_stream(cut, models, monkeypatch, name):
         finite = tensor.isfinite()
         assert torch.equal(got[name].isfinite(), finite), name
         assert rel_error(got[name][finite], tensor[finite]) < 1e-10, name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One token's projections
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[True, False], ids=["slow products", "fast products"])
+def slow_products(request, monkeypatch):
+    """The machine as one on which MKL is slow, or not."""
+    monkeypatch.setattr(cpu_bmojo, "_has_slow_products", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 48), (48,)], ids=str)
+@pytest.mark.parametrize("rows", [1, 97, 20_011])  # the last in more than one part
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("strided", [True, False])
+def test_projection_of_one_token_is_as_exact_as_torch(slow_products, shape, rows, bias, strided):
+    random = randoms(0)
+    x, weight, bias = random(*shape), random(rows, 48), random(rows) if bias else None
+    want = F.linear(x, weight, bias)
+    x, weight, bias = (part if part is None else part.float() for part in (x, weight, bias))
+    if strided:
+        x, weight = torch.stack([x, x], -1)[..., 0], torch.cat([weight, weight], 1)[:, 48:]
+    with torch.no_grad():
+        got, plain = kernels_bmojo.project_token(x, weight, bias), F.linear(x, weight, bias)
+    assert got.shape == want.shape
+    assert got.dtype is torch.float32
+    assert rel_error(got, want) <= 2 * rel_error(plain, want) + 1e-7
+
+
+def test_projections_keep_what_they_returned(slow_products):
+    """The memory that products are written to is used again; results are not in it."""
+    random = randoms(0)
+    x, weight = random(1, 1, 48).float(), random(97, 48).float()
+    with torch.inference_mode():
+        first = kernels_bmojo.project_token(x, weight)
+        kept = first.clone()
+        kernels_bmojo.project_token(-2 * x, weight)
+    with torch.no_grad():  # memory made in inference mode could not be written now
+        kernels_bmojo.project_token(3 * x, weight)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_projections_in_other_dtypes_are_torch_s(slow_products, dtype):
+    random = randoms(0)
+    x, weight = random(1, 1, 48).to(dtype), random(97, 48).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(kernels_bmojo.project_token(x, weight), F.linear(x, weight))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            want = F.linear(x.float(), weight.float())
+            got = kernels_bmojo.project_token(x.float(), weight.float())
+    assert got.dtype is want.dtype is torch.bfloat16
+    assert torch.equal(got, want)
+
+
+def test_generation_on_either_kind_of_processor(models, slow_products, monkeypatch):
+    """Whole model, token by token, with every projection large enough to choose."""
+    monkeypatch.setattr(linear_bmojo, "_ENTRIES", 0)
+    calls = []
+    plain = cpu_bmojo.project_token
+    monkeypatch.setattr(cpu_bmojo, "project_token", lambda *args: calls.append(args) or plain(*args))
+    model = models("every_layer").float()
+    ids = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(1))
+    cache = BMojoCache(model.config)
+    with torch.no_grad():
+        want = model(ids).logits
+        got = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+    assert rel_error(got, want) < 1e-5
+    assert bool(calls) != slow_products
