@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from common import ROOT
+from common import ROOT, cache_argument
 from recall_suites import SUITES
 from recall_tasks import IGNORED, TASKS, Examples, make_task
 from recall_variations import VARIATIONS
@@ -195,8 +195,7 @@ def memory_floats(model: nn.Module, length: int) -> int:
     """Numbers that the model carries from token to token after `length` tokens, one sequence."""
     with torch.no_grad():
         ids = torch.zeros(1, length, dtype=torch.long)
-        cache = model(ids, use_cache=True)
-    cache = getattr(cache, "past_key_values", None) or cache.cache_params
+        (cache,) = cache_argument(model(ids, use_cache=True)).values()
     if hasattr(cache, "num_bytes"):
         return cache.num_bytes() // 4
     found = {}
