@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -256,6 +257,17 @@ def test_foreign_cache(model, ids, name, use_cache):
     text = rf"cache is a {type(foreign).__name__}; .* BMojoCache\(model.config\).*use prompt tuning"
     with pytest.raises(ValueError, match=text):
         model(ids, cache=foreign, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("call", ["lm", "base", "generate"])
+def test_two_caches(model, ids, call):
+    """Under both names only where it is one."""
+    run = {"lm": model, "base": model.model, "generate": partial(model.generate, max_new_tokens=1)}[call]
+    one, other = BMojoCache(model.config), BMojoCache(model.config)
+    with pytest.raises(ValueError, match="Pass cache or past_key_values, not both"):
+        run(ids, cache=one, past_key_values=other)
+    run(ids, cache=one, past_key_values=one)
+    assert (one.seen_tokens, other.seen_tokens) == (T, 0)
 
 
 @pytest.mark.parametrize("batch", [2, 3])

@@ -3,6 +3,7 @@
 import copy
 import logging
 import warnings
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def assert_greedy(model, prompt, text, steps: int):
     with torch.no_grad():
         likeliest = model(text[:, :-1], use_cache=False).logits.argmax(-1)
     assert torch.equal(text[:, -steps:], likeliest[:, -steps:])
+
+
+@pytest.fixture
+def silence(caplog, monkeypatch):
+    """A context in which no warning is raised and nothing is logged as one."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
+    transformers_logging.warning_once.cache_clear()  # what an earlier test was told is said again
+
+    @contextmanager
+    def silent():
+        with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+            warnings.simplefilter("error")
+            yield
+        assert [record.getMessage() for record in caplog.records] == []
+
+    return silent
 
 
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,6 +230,30 @@ def test_three_turns(tiny_model, changes, given, pads):
         assert cache.get_seq_length() == ids.shape[1] - 1  # the last token was not read yet
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_names_of_the_cache(tiny_model, silence, name):
+    """Whatever transformers calls it: forward and generate() take either, and say nothing of it."""
+    model, ids = tiny_model(**EXACT), random_ids(2, 9)
+    with silence(), torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        for run in (model, model.model):
+            cache = BMojoCache(model.config)
+            first = run(ids[:, :5], **{name: cache})
+            assert first.cache is cache
+            rest = run(ids[:, 5:], **{name: cache}, return_dict=False)[0]
+            assert rest.shape[1] == 4
+            assert cache.get_seq_length() == 9
+            if run is model:
+                torch.testing.assert_close(torch.cat([first.logits, rest], 1), want, rtol=0, atol=1e-12)
+        for settings in ({}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 3}):
+            rows = ids[:1] if "prompt_lookup_num_tokens" in settings else ids
+            cache = BMojoCache(model.config)
+            got = model.generate(rows, max_new_tokens=8, do_sample=False, **settings, **{name: cache})
+            assert torch.equal(got, model.generate(rows, max_new_tokens=8, do_sample=False, **settings))
+            assert cache.get_seq_length() == 16
+    assert first.past_key_values is first.cache  # transformers 5.24 has a word to say about the first
+
+
 @variants
 @pytest.mark.parametrize("size", [1, 3, 4, 50])
 def test_chunked_prefill(tiny_model, changes, size):
@@ -360,6 +401,19 @@ def test_an_unrelated_assistant(tiny_model):
         assert_greedy(model, ids, got, 12)
 
 
+def test_drafts_in_a_static_cache(tiny_model, spy):
+    """It rolls back as well, and generate() compiles nothing while it keeps a log."""
+    model, crops = tiny_model(**EXACT, **MIXED), spy("crop")
+    for ids in PROMPTS[:4]:
+        cache = BMojoCache(model.config, max_cache_len=ids.shape[1] + 12 + 4)  # drafts that are not kept
+        got = model.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4, cache=cache)
+        assert_greedy(model, ids, got, 12)
+    assert any(crops)
+    assert cache.is_compileable
+    cache.activate_past_recording()
+    assert not cache.is_compileable
+
+
 def test_drafts_need_no_more_room_than_they_keep(tiny_model):
     model = tiny_model(**EXACT, layers_block_type=["full_attention", "bmojo"])
     out = model.generate(
@@ -409,7 +463,7 @@ def test_streamer(tiny_model):
     assert torch.equal(torch.cat(streamer.parts), greedy(model, ids, 9)[0])
 
 
-def test_pipeline_is_silent(tiny_model, caplog, monkeypatch):
+def test_pipeline_is_silent(tiny_model, silence, monkeypatch):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ROOT)
     model = tiny_model(vocab_size=4096, dtype=torch.float64, eos_token_id=tokenizer.eos_token_id)
     assert (tokenizer.pad_token_id, tokenizer.padding_side, len(tokenizer)) == (
@@ -419,14 +473,10 @@ def test_pipeline_is_silent(tiny_model, caplog, monkeypatch):
     )
     # what loading by AutoModelForCausalLM does for code from the model's repository
     monkeypatch.setattr(MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {BMojoConfig: BMojoForCausalLM})
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
-    transformers_logging.warning_once.cache_clear()  # what an earlier test was told is said again
     prompts = ["Once upon a time", "The", "A longer prompt than the others, with more words in it.", "0 1 2", "It was"]
-    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
-        warnings.simplefilter("error")
+    with silence():
         generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
         answers = generator(prompts, batch_size=4, max_new_tokens=8, do_sample=False, return_full_text=False)
-    assert [record.getMessage() for record in caplog.records] == []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         new = greedy(model, ids, 8)[0, ids.shape[1] :]
