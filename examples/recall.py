@@ -3,7 +3,7 @@ r"""Train small models on recall tasks and compare what they remember: accuracy 
 One run, or a suite of them whose results are kept and not run again:
 
     python examples/recall.py --task mqar --model bmojo --seconds 60                    # one run, printed and saved
-    python examples/recall.py --task mqar --model transformers:Mamba2ForCausalLM --set expand=2
+    python examples/recall.py --task mqar --model transformers:Mamba2ForCausalLM --set expand=2 num_heads=8 head_dim=16
     python examples/recall.py --task mqar --stages 4x32 8x64 16x128 --eval 128 512 2048 --task-set lead=16 filler=repeated
     python examples/recall.py --suite sweep --output runs/recall                        # see --list
     python examples/recall.py --suite sweep --only bmojo-m16 --output runs/recall       # one row of it
