@@ -160,7 +160,7 @@ class BMojoCacheLayer(CacheLayerMixin):
 
 
 class BMojoCache(Cache):
-    """The cache of a B'MOJO model, passed as `past_key_values` and returned by it.
+    """The cache of a B'MOJO model, passed as `cache` and returned by it.
 
     Bytes for a batch of `rows` (equal to `num_bytes()`; s bytes per activation, W = 4, or 8 in float64; kv =
     num_key_value_heads * head_dim; w, c, M as `sliding_window`, `eidetic_chunk_size`, `eidetic_size`):
@@ -211,7 +211,7 @@ class BMojoCache(Cache):
             return
         described = json.loads(json.dumps({name: getattr(self.config, name) for name in _FINGERPRINT}))
         if differing := _differences(described, config):
-            raise ValueError(f"past_key_values belongs to a model with another configuration: {differing}.")
+            raise ValueError(f"cache belongs to a model with another configuration: {differing}.")
 
     def begin(self, like: torch.Tensor) -> torch.Tensor:
         """Check that a call with the activations `like` (batch, seq_len, ...) fits; returns the rows' lengths so far."""
@@ -220,7 +220,7 @@ class BMojoCache(Cache):
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
         if self.lengths.shape[0] != batch:
             raise ValueError(
-                f"past_key_values holds a batch of {self.lengths.shape[0]}, the input is a batch of {batch}. Repeat or "
+                f"cache holds a batch of {self.lengths.shape[0]}, the input is a batch of {batch}. Repeat or "
                 "select its rows (batch_repeat_interleave, batch_select_indices), or reset() it."
             )
         if self.max_cache_len is not None and self.seen_tokens + seq_len > self.max_cache_len:
@@ -278,8 +278,8 @@ class BMojoCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Static shapes were asked for; without, `generate` on a GPU would compile by itself."""
-        return self.max_cache_len is not None
+        """Static shapes were asked for, and no log grows; without, `generate` on a GPU would compile by itself."""
+        return self.max_cache_len is not None and not self.is_recording_past()
 
     @property
     def is_initialized(self) -> bool:
@@ -393,7 +393,7 @@ class BMojoCache(Cache):
             ValueError: nothing has been seen yet.
         """
         if self.lengths is None:
-            raise ValueError("The cache is empty: run the model with past_key_values=cache before save().")
+            raise ValueError("The cache is empty: run the model with cache=cache before save().")
         metadata = {
             "format": "bmojo-cache-2",
             "seen_tokens": str(self.seen_tokens),

@@ -132,7 +132,7 @@ class BMojoConfig(PreTrainedConfig):
     """
 
     model_type = "bmojo"
-    keys_to_ignore_at_inference = ["past_key_values", "innovations", "eidetic_positions"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "innovations", "eidetic_positions"]
 
     vocab_size: int = 32000
     hidden_size: int = 768

@@ -127,7 +127,7 @@ def read_mask(attention_mask, batch: int, seq_len: int, past_columns: int, past_
         seen = attention_mask[:, :-seq_len].sum(1) if seq_len else attention_mask.sum(1)
         if not torch.equal(seen.to(past_lengths), past_lengths):
             raise ValueError(
-                f"attention_mask counts {seen.tolist()} tokens in the past, past_key_values has seen {past_lengths.tolist()}. "
+                f"attention_mask counts {seen.tolist()} tokens in the past, the cache has seen {past_lengths.tolist()}. "
                 "Past tokens can't be masked later: pass the mask that they were read with."
             )
     return None if bool(tokens.all()) else tokens
@@ -171,7 +171,7 @@ def read_layout(
             )
     if has_past:
         raise ValueError(
-            f"{first} starts a new document inside a call that continues past_key_values. Packed documents need a call "
+            f"{first} starts a new document inside a call that continues a cache. Packed documents need a call "
             "without cache; a new sequence needs a new (or reset) cache."
         )
     return _packed_layout(breaks, padding, batch, seq_len)

@@ -36,9 +36,32 @@ from .ssm_bmojo import SSM_CLASSES, BMojoDecay, BMojoDynamics, BMojoHeadExpansio
 
 logger = logging.get_logger(__name__)
 
+# What the installed transformers calls the cache in outputs and in generate(): 5.24 renamed it. Ours answers to both names.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def either_cache(cache, past_key_values):
+    """The cache that was passed, or None; under both names only where it is one."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError(
+            "Pass cache or past_key_values, not both: they are two names of one argument. (PEFT prefix tuning passes both: "
+            "use prompt tuning.)"
+        )
+    return past_key_values if cache is None else cache
+
+
+class _CacheName:
+    """Outputs of transformers up to 5.23 under the new name, too; those of 5.24 know the old one by themselves."""
+
+    if CACHE_NAME != "cache":
+
+        @property
+        def cache(self):
+            return self.past_key_values
+
 
 @dataclass
-class BMojoModelOutput(BaseModelOutputWithPast):
+class BMojoModelOutput(_CacheName, BaseModelOutputWithPast):
     """Output of `BMojoModel`.
 
     Args:
@@ -56,7 +79,7 @@ class BMojoModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class BMojoCausalLMOutput(CausalLMOutputWithPast):
+class BMojoCausalLMOutput(_CacheName, CausalLMOutputWithPast):
     """Output of `BMojoForCausalLM`: transformers' fields, and those of `BMojoModelOutput`."""
 
     innovations: tuple[torch.Tensor | None, ...] | None = None
@@ -135,7 +158,7 @@ class BMojoPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["BMojoDecoderLayer"]
     _keep_in_fp32_modules_strict = ["dynamics"]  # as files have them, where weights are loaded in half precision
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True  # of the two names that transformers sets by itself; the layers choose their own formulation
     _is_stateful = False  # the cache rolls back exactly: see BMojoCache.crop
     _can_compile_fullgraph = True
@@ -200,7 +223,7 @@ class BMojoModel(BMojoPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: BMojoCache | None = None,
+        cache: BMojoCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -210,6 +233,7 @@ class BMojoModel(BMojoPreTrainedModel):
         cu_seq_lens_q: torch.Tensor | None = None,
         cu_seq_lens_k: torch.Tensor | None = None,
         return_dict: bool | None = None,
+        past_key_values: BMojoCache | None = None,
         **kwargs,
     ) -> BMojoModelOutput | tuple:
         """Run the layers.
@@ -219,10 +243,11 @@ class BMojoModel(BMojoPreTrainedModel):
             attention_mask: (batch, seq_len) or (batch, past + seq_len), 1 for tokens, 0 for padding on any side.
             position_ids: (batch or 1, seq_len). Only where they restart counts: a new packed document begins there.
                 Positions themselves are counted from the tokens.
-            past_key_values: a `BMojoCache`; made here where None and use_cache.
+            cache: a `BMojoCache`; made here where None and use_cache.
             output_eidetic: also return innovations and eidetic positions: see `BMojoModelOutput`.
             seq_idx, cu_seq_lens_q: other ways to say where packed documents begin: (batch, seq_len) document numbers;
                 (documents + 1,) offsets into a batch of one row.
+            past_key_values: the cache under its old name.
 
         Raises:
             ValueError: an input is malformed, contradicts another, or asks for what the model has not.
@@ -233,8 +258,8 @@ class BMojoModel(BMojoPreTrainedModel):
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         if self.residual_in_fp32:
             inputs_embeds = widen(inputs_embeds)
-        asked_for_cache, use_cache = use_cache, self._use_cache(use_cache, past_key_values)
-        cache = past_key_values
+        cache = either_cache(cache, past_key_values)
+        asked_for_cache, use_cache = use_cache, self._use_cache(use_cache, cache)
         seen, past = 0, None
         if cache is not None:
             _check_cache(cache, self.config)
@@ -243,9 +268,7 @@ class BMojoModel(BMojoPreTrainedModel):
         layout = read_layout(tokens, inputs_embeds, position_ids, seq_idx, cu_seq_lens_q, has_past=seen > 0)
         packed = isinstance(layout, PackedLayout)
         if packed and (cache is not None or asked_for_cache):
-            raise ValueError(
-                "Packed documents can't be read into a cache: pass past_key_values=None, use_cache=False."
-            )
+            raise ValueError("Packed documents can't be read into a cache: pass cache=None, use_cache=False.")
         if cache is None and use_cache and not packed:
             cache = BMojoCache(self.config)
 
@@ -263,9 +286,9 @@ class BMojoModel(BMojoPreTrainedModel):
         losses = [memory["loss"] for memory in memories if "loss" in memory]
         output = BMojoModelOutput(
             last_hidden_state=last_hidden_state,
-            past_key_values=cache if use_cache else None,
             hidden_states=(*map(back, all_hidden_states), last_hidden_state) if output_hidden_states else None,
             predictor_loss=torch.stack(losses).sum() if losses and self.training else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
         if output_eidetic:
             found = [memory.get("innovation") for memory in memories]
@@ -297,9 +320,9 @@ class BMojoModel(BMojoPreTrainedModel):
         embeds = self.embed_tokens(input_ids)
         return embeds if self.embedding_multiplier == 1 else embeds * self.embedding_multiplier
 
-    def _use_cache(self, use_cache, past_key_values) -> bool:
+    def _use_cache(self, use_cache, cache) -> bool:
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
         if use_cache and self.gradient_checkpointing and self.training:
             logger.warning_once("use_cache=True does not go with gradient checkpointing: no cache is returned.")
             return False
@@ -429,7 +452,7 @@ def _replay(layer, hidden_states, call: Call, state, lengths):
 def _check_cache(cache, config):
     if not hasattr(cache, "layer_state"):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; B'MOJO keeps more than keys and values and needs its own "
+            f"cache is a {type(cache).__name__}; B'MOJO keeps more than keys and values and needs its own "
             "BMojoCache(model.config), or None. (PEFT prefix tuning passes such a cache: use prompt tuning.)"
         )
     cache.check_model(config)
@@ -487,7 +510,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: BMojoCache | None = None,
+        cache: BMojoCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -498,6 +521,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         cu_seq_lens_k: torch.Tensor | None = None,
+        past_key_values: BMojoCache | None = None,
         **kwargs,
     ) -> BMojoCausalLMOutput | tuple:
         """Logits, and the loss where labels are given.
@@ -515,7 +539,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=either_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -552,18 +576,31 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         return BMojoCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             innovations=outputs.innovations,
             eidetic_positions=outputs.eidetic_positions,
+            **{CACHE_NAME: outputs.cache},
         )
+
+    def generate(self, *args, cache=None, past_key_values=None, **kwargs):
+        """As in transformers; a `BMojoCache` to go on from is taken under either name."""
+        if (given := either_cache(cache, past_key_values)) is not None:
+            kwargs[CACHE_NAME] = given
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        """As in transformers, and the cache under both names: PEFT 0.21, which looks for it, knows the old one only."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if CACHE_NAME in inputs:
+            inputs["cache"] = inputs["past_key_values"] = inputs[CACHE_NAME]
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
     ):
         """generate() makes a BMojoCache; `cache_implementation` may be None, "dynamic" or "static"."""
         wanted = generation_config.cache_implementation
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
             )
@@ -576,11 +613,11 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         cache = BMojoCache(self.config, max_cache_len=columns if wanted == "static" else None)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_NAME] = cache
         return None
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
         """The 2-D mask as it is: B'MOJO makes the others itself, also where generate() compiles."""
         return attention_mask
 

@@ -41,7 +41,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT
+from common import ROOT, cache_argument
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -169,9 +169,7 @@ def train_step(model, tokens: torch.Tensor):
 @torch.no_grad()
 def prefill(model, tokens: torch.Tensor) -> dict:
     """Read tokens and return the cache under the name of the argument that takes it."""
-    outputs = model.eval()(input_ids=tokens, use_cache=True, logits_to_keep=1)
-    name = "cache_params" if "cache_params" in outputs else "past_key_values"  # the former in Mamba and Mamba2
-    return {name: outputs[name]}
+    return cache_argument(model.eval()(input_ids=tokens, use_cache=True, logits_to_keep=1))
 
 
 CALLS = {"train": train_step, "prefill": prefill}

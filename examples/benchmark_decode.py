@@ -23,7 +23,7 @@ def read(model, tokens: torch.Tensor, segment: int = 1024):
     """Read tokens (1, length) in segments and return the cache."""
     cache = None
     for piece in tokens.split(segment, dim=1):
-        cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(piece, cache=cache, use_cache=True, logits_to_keep=1).cache
     return cache
 
 
@@ -32,7 +32,7 @@ def decode(model, cache, count: int) -> list[float]:
     token, seconds = torch.zeros(1, 1, dtype=torch.int64, device=model.device), []
     for _ in range(count):
         start = time.perf_counter()
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(token, cache=cache).logits[:, -1:].argmax(-1)
         seconds.append(time.perf_counter() - start)
     return seconds
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 
 ROOT = Path(__file__).resolve().parent.parent  # this repository, itself a model folder
@@ -36,6 +37,12 @@ def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=getattr(torch, dtype))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # it reads the config too
+
+
+def cache_argument(outputs: ModelOutput) -> dict:
+    """Return the cache in a model's outputs under the name of the argument that takes it: `cache` since transformers 5.24."""
+    (name,) = {"cache", "cache_params", "past_key_values"} & set(outputs)
+    return {name: outputs[name]}
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path):

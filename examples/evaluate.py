@@ -15,7 +15,7 @@ import math
 import time
 
 import torch
-from common import ROOT, find_text_files, load_model, read_text
+from common import ROOT, cache_argument, find_text_files, load_model, read_text
 from transformers import PreTrainedModel
 
 
@@ -38,11 +38,11 @@ def token_bits(model: PreTrainedModel, ids: list[int], segment: int, carry: bool
         (len(ids) - 1,), in float64.
     """
     tokens = torch.tensor([ids], device=model.device)
-    bits, cache = [], None
+    bits, past = [], {}
     for start in range(0, len(ids) - 1, segment):
         stop = min(start + segment, len(ids) - 1)
-        outputs = model(tokens[:, start:stop], past_key_values=cache, use_cache=carry)
-        cache = outputs.past_key_values if carry else None
+        outputs = model(tokens[:, start:stop], use_cache=carry, **past)
+        past = cache_argument(outputs) if carry else {}
         log_probs = outputs.logits[0].float().log_softmax(-1)
         targets = tokens[0, start + 1 : stop + 1]
         bits.append(-log_probs.gather(-1, targets[:, None])[:, 0].double().cpu() / math.log(2))

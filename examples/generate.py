@@ -33,7 +33,7 @@ def read_ahead(model: PreTrainedModel, ids: torch.Tensor):
     cache = None
     with tqdm(total=sum(piece.shape[1] for piece in pieces), unit=" tokens", unit_scale=True, desc="reading") as bar:
         for piece in pieces:
-            cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(piece, cache=cache, use_cache=True, logits_to_keep=1).cache
             bar.update(piece.shape[1])
     return cache
 
@@ -63,7 +63,7 @@ def kept_positions(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, list[
     """Return, for every bmojo layer, the positions in its eidetic memory at the last token of ``ids`` (1, seq_len)."""
     cache = read_ahead(model, ids)
     rest = ids if cache is None else ids[:, cache.get_seq_length() :]
-    memories = model(rest, past_key_values=cache, output_eidetic=True, logits_to_keep=1).eidetic_positions
+    memories = model(rest, cache=cache, output_eidetic=True, logits_to_keep=1).eidetic_positions
     last_chunks = {layer: memory[0, -1] for layer, memory in enumerate(memories) if memory is not None}
     return {layer: positions[positions >= 0].tolist() for layer, positions in last_chunks.items()}
 
@@ -112,7 +112,7 @@ def main():
     if not args.greedy:
         choice = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    choice |= {"past_key_values": read_ahead(model, inputs["input_ids"]), "max_new_tokens": args.max_new_tokens}
+    choice |= {"cache": read_ahead(model, inputs["input_ids"]), "max_new_tokens": args.max_new_tokens}
     ids = model.generate(**inputs, streamer=streamer, **choice)
     if args.show_memory:
         print_memory(model, tokenizer, ids)

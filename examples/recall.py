@@ -3,7 +3,7 @@ r"""Train small models on recall tasks and compare what they remember: accuracy 
 One run, or a suite of them whose results are kept and not run again:
 
     python examples/recall.py --task mqar --model bmojo --seconds 60                    # one run, printed and saved
-    python examples/recall.py --task mqar --model transformers:Mamba2ForCausalLM --set expand=2
+    python examples/recall.py --task mqar --model transformers:Mamba2ForCausalLM --set expand=2 num_heads=8 head_dim=16
     python examples/recall.py --task mqar --stages 4x32 8x64 16x128 --eval 128 512 2048 --task-set lead=16 filler=repeated
     python examples/recall.py --suite sweep --output runs/recall                        # see --list
     python examples/recall.py --suite sweep --only bmojo-m16 --output runs/recall       # one row of it
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from common import ROOT
+from common import ROOT, cache_argument
 from recall_suites import SUITES
 from recall_tasks import IGNORED, TASKS, Examples, make_task
 from recall_variations import VARIATIONS
@@ -195,8 +195,7 @@ def memory_floats(model: nn.Module, length: int) -> int:
     """Numbers that the model carries from token to token after `length` tokens, one sequence."""
     with torch.no_grad():
         ids = torch.zeros(1, length, dtype=torch.long)
-        cache = model(ids, use_cache=True)
-    cache = getattr(cache, "past_key_values", None) or cache.cache_params
+        (cache,) = cache_argument(model(ids, use_cache=True)).values()
     if hasattr(cache, "num_bytes"):
         return cache.num_bytes() // 4
     found = {}

@@ -80,9 +80,9 @@ class Stream:
         pieces = tokens.split(step, dim=1)
         for number, piece in enumerate(pieces):
             start = time.perf_counter(), time.process_time()
-            output = self.model(piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            output = self.model(piece, cache=self.cache, use_cache=True, logits_to_keep=1)
             seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-            self.cache = output.past_key_values
+            self.cache = output.cache
             if number >= len(pieces) - kept:
                 states = [layer.state for layer in self.cache.layers if "eidetic_position" in layer.state]
                 logits.append(output.logits[0, -1].double())

@@ -112,7 +112,7 @@ def test_options_are_those_of_transformers_models(drawn, seed):
     with torch.no_grad():
         want = theirs(ids, use_cache=False).logits
         cache = BMojoCache(ours)
-        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 1, 10], 1)]
+        pieces = [model(piece, cache=cache).logits for piece in ids.split([7, 1, 1, 10], 1)]
         for got in (model(ids, use_cache=False).logits, torch.cat(pieces, 1)):
             assert rel_error(got, want) <= 5e-6  # their rotary tables and norms are float32
 
@@ -150,7 +150,7 @@ def test_partial_rotation_under_yarn_streams(tiny_model, position):
     want = model(ids, use_cache=False).logits
     for sizes in ([1] * 33, [5, 1, 1, 9, 1, 16]):
         cache = BMojoCache(model.config)
-        got = [model(piece, past_key_values=cache).logits for piece in ids.split(sizes, 1)]
+        got = [model(piece, cache=cache).logits for piece in ids.split(sizes, 1)]
         assert rel_error(torch.cat(got, 1), want) < 1e-9
 
 
@@ -171,7 +171,7 @@ def test_an_odd_head_needs_no_even_number_without_rotation(tiny_config):
     cache = BMojoCache(model.config)
     ids = tokens(1, 12)
     with torch.no_grad():
-        got = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split([9, 1, 1, 1], 1)], 1)
+        got = torch.cat([model(piece, cache=cache).logits for piece in ids.split([9, 1, 1, 1], 1)], 1)
         assert rel_error(got, model(ids, use_cache=False).logits) < 1e-4
     with pytest.raises(Exception, match="even"):
         tiny_config(**fields)
@@ -251,7 +251,7 @@ def test_a_float32_stream_leaves_caches_as_they_are(tiny_model, dtype):
     ids = tokens(2, 21)
     caches = [BMojoCache(model.config), BMojoCache(plain.config)]
     logits = [
-        [m(x, past_key_values=c).logits for x in ids.split([13, 1, 1, 6], 1)]
+        [m(x, cache=c).logits for x in ids.split([13, 1, 1, 6], 1)]
         for m, c in zip((model, plain), caches, strict=True)
     ]
     ours, theirs = (cache.tensors() for cache in caches)
@@ -263,10 +263,10 @@ def test_a_float32_stream_leaves_caches_as_they_are(tiny_model, dtype):
         assert all(torch.equal(*pair) for pair in zip(*logits, strict=True))
     cache = BMojoCache(model.config)
     cache.activate_past_recording()
-    model(ids[:, :9], past_key_values=cache)
-    model(ids[:, 9:16], past_key_values=cache)
+    model(ids[:, :9], cache=cache)
+    model(ids[:, 9:16], cache=cache)
     cache.crop(-4)
-    again = model(ids[:, 12:], past_key_values=cache).logits
+    again = model(ids[:, 12:], cache=cache).logits
     tolerance = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     assert rel_error(again, model(ids, use_cache=False).logits[:, 12:]) < tolerance
 
@@ -293,7 +293,7 @@ def test_bfloat16_is_near_float32(tiny_model, fields):
     model = half(model)
     ids = tokens(2, 20)
     want, cache = exact(ids, use_cache=False).logits, BMojoCache(model.config)
-    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([9, 1, 1, 9], 1)]
+    pieces = [model(piece, cache=cache).logits for piece in ids.split([9, 1, 1, 9], 1)]
     for got in (model(ids, use_cache=False).logits, torch.cat(pieces, 1)):
         assert got.dtype is torch.bfloat16
         assert rel_error(got, want) < 0.05
@@ -318,7 +318,7 @@ def test_a_cache_file_from_before_the_options_still_loads(tiny_model, tmp_path):
     model, ids = tiny_model(), tokens(1, 12)
     cache = BMojoCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     cache.save(tmp_path / "cache.safetensors")
     with safe_open(tmp_path / "cache.safetensors", "pt") as file:
         metadata = file.metadata()

@@ -55,9 +55,7 @@ def test_results_agree_with_the_times(benchmark, sizes, tmp_path):
     for name in ("time.png", "memory.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
-    cache = benchmark.prefill(benchmark.build("bmojo", sizes), benchmark.make_tokens(32, sizes, "cpu"))[
-        "past_key_values"
-    ]
+    (cache,) = benchmark.prefill(benchmark.build("bmojo", sizes), benchmark.make_tokens(32, sizes, "cpu")).values()
     assert records["prefill", "bmojo", 32]["cache_bytes"] == cache.num_bytes()
     keys_and_values = 2 * 2 * 2 * (sizes.window - 1) * 8 * 4  # both, layers, heads, the window before a token, width
     for length in (16, 32):  # the sliding window is at work: one more number per layer, its size, is a tensor too

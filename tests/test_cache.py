@@ -89,7 +89,7 @@ def read(model, cache, ids, sizes=None, mask=None) -> torch.Tensor:
     parts, start = [], 0
     for end in ends:
         part = None if mask is None else mask[:, start:end]
-        parts.append(model(ids[:, start:end], attention_mask=part, past_key_values=cache).logits)
+        parts.append(model(ids[:, start:end], attention_mask=part, cache=cache).logits)
         start = end
     assert start == ids.shape[1]
     return torch.cat(parts, 1)
@@ -381,7 +381,7 @@ def test_load_refuses_other_files(tiny_config, tmp_path):
 
 
 def test_an_empty_cache_is_not_saved(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match="cache is empty: run the model with past_key_values=cache before save"):
+    with pytest.raises(ValueError, match="cache is empty: run the model with cache=cache before save"):
         BMojoCache(tiny_config()).save(tmp_path / "cache.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -163,7 +163,7 @@ def test_any_options_convert_exactly(kind):
             assert torch.equal(again.eval()(ids, use_cache=False).logits, want)
             want = theirs.double()(ids, use_cache=False).logits
             cache = BMojoCache(ours.config)
-            pieces = [ours(piece, past_key_values=cache).logits for piece in ids.split([9, 1, 1, 12], 1)]
+            pieces = [ours(piece, cache=cache).logits for piece in ids.split([9, 1, 1, 12], 1)]
             for got in (ours(ids, use_cache=False).logits, torch.cat(pieces, 1)):
                 assert rel_error(got, want) <= 2e-6  # transformers' rotary tables and norms are float32
 

@@ -96,7 +96,7 @@ def largest(got, want):
 @torch.no_grad()
 def decoded(model, ids, sizes):
     cache = BMojoCache(model.config)
-    return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(sizes, 1)], 1)
+    return torch.cat([model(part, cache=cache).logits for part in ids.split(sizes, 1)], 1)
 
 
 # ---------------------------------------------------------------------------- their own outputs

@@ -89,7 +89,7 @@ def check_equal(theirs, form, in_float64):
     assert rel_error(got, want) < 1e-10
     cache = BMojoCache(ours.config)
     with torch.no_grad():
-        parts = [ours(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 6], 1)]
+        parts = [ours(part, cache=cache).logits for part in ids.split([9, 1, 1, 6], 1)]
     assert rel_error(torch.cat(parts, 1), want) < 1e-10
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, pieces in form.tensors(config_json(theirs)).items():
@@ -114,10 +114,8 @@ def test_recorded_jamba(shared, tmp_path):
         with torch.no_grad():
             out = model(ids, labels=ids, use_cache=False, output_hidden_states=True)
             assert rel_error(out.logits, want) < tolerance
-            cache = type(model(ids[:, :1]).past_key_values)(model.config)
-            parts = [
-                model(part, past_key_values=cache).logits for part in ids.split([7, *[1] * 12, ids.shape[1] - 19], 1)
-            ]
+            cache = type(model(ids[:, :1]).cache)(model.config)
+            parts = [model(part, cache=cache).logits for part in ids.split([7, *[1] * 12, ids.shape[1] - 19], 1)]
             assert rel_error(torch.cat(parts, 1), want) < tolerance
         assert rel_error(out.loss, recorded["loss"]) < 1e-5
         for i, states in enumerate(out.hidden_states):

@@ -109,7 +109,7 @@ def test_logits_are_the_recorded_ones(case):
             want = case.recorded["logits_recurrent"]
         for sizes in ([1] * ids.shape[1], [7, 1, 1, 5, ids.shape[1] - 14]):
             cache = BMojoCache(model.config)
-            logits = [model(piece, past_key_values=cache).logits for piece in ids.split(sizes, 1)]
+            logits = [model(piece, cache=cache).logits for piece in ids.split(sizes, 1)]
             assert rel_error(torch.cat(logits, 1), want) <= tolerance
 
 
@@ -134,7 +134,7 @@ def test_hidden_states_and_mixers_are_the_recorded_ones(case):
 def test_states_are_the_recorded_ones(case):
     model = load(case, torch.float32)
     cache = BMojoCache(model.config)
-    model(case.recorded["input_ids"], past_key_values=cache)
+    model(case.recorded["input_ids"], cache=cache)
     names = [name for name in case.recorded if name.startswith(("conv_state.", "ssm_state."))]
     assert len(names) == 2 * sum(kind.startswith("mamba") for kind in model.config.layers_block_type)
     for name in names:
@@ -457,7 +457,7 @@ def test_any_options_are_what_the_port_computes(kind, as_theirs):
             want = theirs(ids, use_cache=False).logits
             assert rel_error(ours(ids, use_cache=False).logits, want) <= 5e-6  # float32 inside of transformers
             cache = BMojoCache(ours.config)
-            pieces = [ours(piece, past_key_values=cache).logits for piece in ids.split([8, 1, 1, 11], 1)]
+            pieces = [ours(piece, cache=cache).logits for piece in ids.split([8, 1, 1, 11], 1)]
             assert rel_error(torch.cat(pieces, 1), want) <= 5e-6
         assert FORM.to_bmojo(FORM.from_bmojo(ours.config)) == FORM.to_bmojo(config)
 
@@ -605,7 +605,7 @@ def test_any_model_is_what_its_formulas_say(drawn):
     with torch.no_grad():
         assert rel_error(ours(ids, use_cache=False).logits[0], want) <= 1e-10
         cache = BMojoCache(ours.config)
-        pieces = [ours(piece, past_key_values=cache).logits for piece in ids.split([3, 1, 1, 1, 8], 1)]
+        pieces = [ours(piece, cache=cache).logits for piece in ids.split([3, 1, 1, 1, 8], 1)]
         assert rel_error(torch.cat(pieces, 1)[0], want) <= 1e-10
     again = FORM.from_bmojo(ours.config)
     assert FORM.to_bmojo(again) == FORM.to_bmojo(config)

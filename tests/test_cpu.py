@@ -918,7 +918,7 @@ def test_a_stream_is_the_definitions_stream(cut, models, monkeypatch, name):
         model = models(name)
         cache, logits = BMojoCache(model.config), []
         for part, kept in zip(*(x.split([13, 1, 20, 1, 1, 24], 1) for x in (ids, mask)), strict=True):
-            logits.append(model(part, attention_mask=kept, past_key_values=cache).logits)
+            logits.append(model(part, attention_mask=kept, cache=cache).logits)
         return {"logits": torch.cat(logits, 1)} | cache.tensors()
 
     got, want = in_both_forms(cut, monkeypatch, read)

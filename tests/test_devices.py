@@ -29,7 +29,7 @@ def test_everything_follows_the_input(tiny_model, monkeypatch, overrides):
     cache = BMojoCache(model.config)
     with torch.no_grad():
         for count in (9, 1, 1, 5, 1):
-            model.eval()(ids[:, :count], past_key_values=cache, output_eidetic=True)
+            model.eval()(ids[:, :count], cache=cache, output_eidetic=True)
     assert {tensor.device.type for tensor in cache.tensors().values()} == {"meta"}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def cache(model, ids):
     cache = BMojoCache(model.config)
     mask = torch.ones(1, T, dtype=torch.long)
     mask[0, :2] = 0
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, cache=cache)
     return cache
 
 
@@ -79,7 +80,7 @@ def test_mask(model, ids, name):
 @pytest.mark.parametrize(
     ("mask", "text"),
     [
-        (ones(1, 2 * T), r"attention_mask counts \[17\] tokens in the past, past_key_values has seen \[15\]"),
+        (ones(1, 2 * T), r"attention_mask counts \[17\] tokens in the past, the cache has seen \[15\]"),
         (torch.cat([ones(1, T) * 0, ones(1, T)], 1), r"counts \[0\] tokens in the past.*pass the mask that they were read with"),
         (ones(1, T + 1), r"shape \(1, 18\); expected \(1, 17\) for the new tokens or \(1, 34\) with the 17 in the cache"),
         (ones(1, 2 * T) * 2, "only 0 .padding. and 1 .token."),
@@ -89,7 +90,7 @@ def test_mask(model, ids, name):
 def test_mask_against_the_past(model, ids, cache, mask, text):
     before = {name: tensor.clone() for name, tensor in cache.tensors().items()}
     with pytest.raises(ValueError, match=text):
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache)
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in cache.tensors().items()
     )  # refused before it began
@@ -223,11 +224,11 @@ WAYS = {
 
 @pytest.mark.parametrize("name", WAYS)
 def test_packing_with_a_cache(model, ids, cache, name):
-    with pytest.raises(ValueError, match=f"{name} starts a new document inside a call that continues past_key_values"):
-        model(ids, past_key_values=cache, **WAYS[name])
+    with pytest.raises(ValueError, match=f"{name} starts a new document inside a call that continues a cache"):
+        model(ids, cache=cache, **WAYS[name])
     with pytest.raises(ValueError, match="Packed documents can't be read into a cache"):
-        model(ids, past_key_values=BMojoCache(model.config), **WAYS[name])
-    assert model(ids, **WAYS[name]).past_key_values is None
+        model(ids, cache=BMojoCache(model.config), **WAYS[name])
+    assert model(ids, **WAYS[name]).cache is None
 
 
 # ---------------------------------------------------------------------------- caches
@@ -253,9 +254,20 @@ FOREIGN = {
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_foreign_cache(model, ids, name, use_cache):
     foreign = FOREIGN[name](model.config)
-    text = rf"past_key_values is a {type(foreign).__name__}; .* BMojoCache\(model.config\).*use prompt tuning"
+    text = rf"cache is a {type(foreign).__name__}; .* BMojoCache\(model.config\).*use prompt tuning"
     with pytest.raises(ValueError, match=text):
-        model(ids, past_key_values=foreign, use_cache=use_cache)
+        model(ids, cache=foreign, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("call", ["lm", "base", "generate"])
+def test_two_caches(model, ids, call):
+    """Under both names only where it is one."""
+    run = {"lm": model, "base": model.model, "generate": partial(model.generate, max_new_tokens=1)}[call]
+    one, other = BMojoCache(model.config), BMojoCache(model.config)
+    with pytest.raises(ValueError, match="Pass cache or past_key_values, not both"):
+        run(ids, cache=one, past_key_values=other)
+    run(ids, cache=one, past_key_values=one)
+    assert (one.seen_tokens, other.seen_tokens) == (T, 0)
 
 
 @pytest.mark.parametrize("batch", [2, 3])
@@ -263,13 +275,13 @@ def test_cache_of_another_batch(model, ids, cache, batch):
     with pytest.raises(
         ValueError, match=f"holds a batch of 1, the input is a batch of {batch}.*batch_repeat_interleave"
     ):
-        model(ids.repeat(batch, 1), past_key_values=cache)
+        model(ids.repeat(batch, 1), cache=cache)
     cache.batch_repeat_interleave(batch)
-    model(ids.repeat(batch, 1), past_key_values=cache)
+    model(ids.repeat(batch, 1), cache=cache)
     with pytest.raises(ValueError, match=f"holds a batch of {batch}, the input is a batch of 1.*reset"):
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     cache.reset()
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
 
 
 @pytest.mark.parametrize("seen", [0, T])
@@ -281,17 +293,17 @@ def test_cache_of_another_configuration(model, tiny_model, ids, seen, field, val
     other = tiny_model(layers_block_type=["bmojo", "full_attention"], **{field: value})
     cache = BMojoCache(other.config)
     if seen:
-        other(ids, past_key_values=cache)
+        other(ids, cache=cache)
     with pytest.raises(ValueError, match=f"another configuration.*{field}"):
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
 
 
 def test_full_static_cache(model, ids):
     cache = BMojoCache(model.config, max_cache_len=T + 1)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     with pytest.raises(ValueError, match="max_cache_len is 18; 17 columns are in the cache and 2 more do not fit"):
-        model(ids[:, :2], past_key_values=cache)
-    model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :2], cache=cache)
+    model(ids[:, :1], cache=cache)
 
 
 # ---------------------------------------------------------------------------- configuration

@@ -48,7 +48,7 @@ def test_shipped_model_goes_on_from_a_long_prompt_as_without_bar(generate, monke
         cache = generate.read_ahead(model, inputs["input_ids"])
         assert (cache is None) == (threshold == 3000)
         torch.manual_seed(0)
-        outputs.append(model.generate(**inputs, past_key_values=cache, **settings))
+        outputs.append(model.generate(**inputs, cache=cache, **settings))
     plain, ahead = outputs
     assert torch.equal(ahead.sequences, plain.sequences)
     assert all(torch.equal(got, want) for got, want in zip(ahead.logits, plain.logits, strict=True)), "to the last bit"

@@ -3,6 +3,8 @@
 import copy
 import logging
 import warnings
+from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from bmojo.cache_bmojo import BMojoCache
 from bmojo.configuration_bmojo import BMojoConfig
-from bmojo.modeling_bmojo import BMojoForCausalLM
+from bmojo.modeling_bmojo import CACHE_NAME, BMojoForCausalLM
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +38,7 @@ VARIANTS = {
 }
 EXACT = {"dtype": torch.float64, "eos_token_id": None}  # the tiny models would now and then end by themselves
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+cache_of = attrgetter(CACHE_NAME)  # generate() returns transformers' own outputs
 
 
 def random_ids(batch: int, seq_len: int, seed: int = 0) -> torch.Tensor:
@@ -57,6 +60,22 @@ def assert_greedy(model, prompt, text, steps: int):
     with torch.no_grad():
         likeliest = model(text[:, :-1], use_cache=False).logits.argmax(-1)
     assert torch.equal(text[:, -steps:], likeliest[:, -steps:])
+
+
+@pytest.fixture
+def silence(caplog, monkeypatch):
+    """A context in which no warning is raised and nothing is logged as one."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
+    transformers_logging.warning_once.cache_clear()  # what an earlier test was told is said again
+
+    @contextmanager
+    def silent():
+        with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+            warnings.simplefilter("error")
+            yield
+        assert [record.getMessage() for record in caplog.records] == []
+
+    return silent
 
 
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +193,7 @@ def test_right_padding(tiny_model, changes, full_mask):
         for _ in range(11):
             mask = torch.cat([mask, torch.ones(4, 1, dtype=torch.int64)], 1)
             step = mask if full_mask else None
-            out = model(new[-1], attention_mask=step, past_key_values=out.past_key_values)
+            out = model(new[-1], attention_mask=step, cache=out.cache)
             new.append(out.logits[:, -1:].argmax(-1))
     for row, text in zip(ROWS, torch.cat(new, 1), strict=True):
         assert_greedy(model, row[None], torch.cat([row, text])[None], 12)
@@ -199,16 +218,40 @@ def test_three_turns(tiny_model, changes, given, pads):
         out = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            cache=cache,
             max_new_tokens=7,
             do_sample=False,
             return_dict_in_generate=True,
         )
         assert torch.equal(out.sequences, plain)
-        assert cache is None or out.past_key_values is cache
-        ids, cache = out.sequences, out.past_key_values
+        assert cache is None or cache_of(out) is cache
+        ids, cache = out.sequences, cache_of(out)
         mask = torch.cat([mask, torch.ones(2, 7, dtype=torch.int64)], 1)
         assert cache.get_seq_length() == ids.shape[1] - 1  # the last token was not read yet
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_names_of_the_cache(tiny_model, silence, name):
+    """Whatever transformers calls it: forward and generate() take either, and say nothing of it."""
+    model, ids = tiny_model(**EXACT), random_ids(2, 9)
+    with silence(), torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        for run in (model, model.model):
+            cache = BMojoCache(model.config)
+            first = run(ids[:, :5], **{name: cache})
+            assert first.cache is cache
+            rest = run(ids[:, 5:], **{name: cache}, return_dict=False)[0]
+            assert rest.shape[1] == 4
+            assert cache.get_seq_length() == 9
+            if run is model:
+                torch.testing.assert_close(torch.cat([first.logits, rest], 1), want, rtol=0, atol=1e-12)
+        for settings in ({}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 3}):
+            rows = ids[:1] if "prompt_lookup_num_tokens" in settings else ids
+            cache = BMojoCache(model.config)
+            got = model.generate(rows, max_new_tokens=8, do_sample=False, **settings, **{name: cache})
+            assert torch.equal(got, model.generate(rows, max_new_tokens=8, do_sample=False, **settings))
+            assert cache.get_seq_length() == 16
+    assert first.past_key_values is first.cache  # transformers 5.24 has a word to say about the first
 
 
 @variants
@@ -225,7 +268,7 @@ def test_static_cache(tiny_model, changes):
     settings = {"max_new_tokens": 15, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     static = model.generate(ids, **settings, cache_implementation="static")
     dynamic = model.generate(ids, **settings, cache_implementation="dynamic")
-    assert (static.past_key_values.is_compileable, dynamic.past_key_values.is_compileable) == (True, False)
+    assert (cache_of(static).is_compileable, cache_of(dynamic).is_compileable) == (True, False)
     assert torch.equal(static.sequences, dynamic.sequences)
     torch.testing.assert_close(static.logits, dynamic.logits, rtol=0, atol=1e-6)
 
@@ -233,8 +276,8 @@ def test_static_cache(tiny_model, changes):
 def test_static_cache_has_the_room_asked_for(tiny_model):
     settings = {"max_new_tokens": 3, "cache_implementation": "static", "return_dict_in_generate": True}
     model, ids = tiny_model(**EXACT), random_ids(1, 13)
-    assert model.generate(ids, **settings).past_key_values.max_cache_len == 15  # the last token is not read
-    assert model.generate(ids, **settings, max_cache_len=64).past_key_values.max_cache_len == 64
+    assert cache_of(model.generate(ids, **settings)).max_cache_len == 15  # the last token is not read
+    assert cache_of(model.generate(ids, **settings, max_cache_len=64)).max_cache_len == 64
 
 
 @pytest.mark.parametrize("name", ["quantized", "offloaded", "offloaded_static"])
@@ -248,25 +291,25 @@ def test_other_caches_are_refused(tiny_model, name):
 def test_a_full_cache_says_so(tiny_model):
     model = tiny_model(**EXACT)
     with pytest.raises(ValueError, match="max_cache_len is 10; 10 columns are in the cache and 1 more do not fit"):
-        model.generate(random_ids(1, 7), past_key_values=BMojoCache(model.config, max_cache_len=10), max_new_tokens=6)
+        model.generate(random_ids(1, 7), cache=BMojoCache(model.config, max_cache_len=10), max_new_tokens=6)
     cache = BMojoCache(model.config, max_cache_len=10)
-    got = model.generate(random_ids(1, 7), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    got = model.generate(random_ids(1, 7), cache=cache, max_new_tokens=4, do_sample=False)
     assert torch.equal(got, greedy(model, random_ids(1, 7), 4))
 
 
 def test_no_cache_where_the_configuration_says_so(tiny_model):
     model, ids = tiny_model(**EXACT, use_cache=False), random_ids(2, 9)
-    assert model(ids).past_key_values is None
+    assert model(ids).cache is None
     out = model.generate(ids, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
-    assert out.past_key_values is None
+    assert cache_of(out) is None
     assert torch.equal(out.sequences, greedy(model, ids, 9))
-    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 9
+    assert model(ids, use_cache=True).cache.get_seq_length() == 9
 
 
 def test_bfloat16(tiny_model):
     model, ids = tiny_model(dtype=torch.bfloat16, eos_token_id=None, **MIXED), random_ids(2, 13)
     out = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    assert {tensor.dtype for name, tensor in out.past_key_values.tensors().items() if name.endswith("_value")} == {
+    assert {tensor.dtype for name, tensor in cache_of(out).tensors().items() if name.endswith("_value")} == {
         torch.bfloat16
     }
     with torch.no_grad():
@@ -313,10 +356,10 @@ def test_compiled_decoding(tiny_model, compiled, changes, mask):
     model, ids = tiny_model(**EXACT, **changes), random_ids(2, 63)
     want = model(ids, use_cache=False).logits
     fast, cache = compile_model(model), BMojoCache(model.config, max_cache_len=64)
-    model(ids[:, :12], past_key_values=cache)
+    model(ids[:, :12], cache=cache)
     for step in range(12, 62):
         one = {"attention_mask": torch.ones(2, 1, dtype=torch.int64)} if mask else {}
-        got = fast(ids[:, step : step + 1], past_key_values=cache, **one).logits
+        got = fast(ids[:, step : step + 1], cache=cache, **one).logits
         torch.testing.assert_close(got[:, 0], want[:, step], rtol=0, atol=1e-9)
     assert 1 <= len(graphs) <= 2
 
@@ -358,6 +401,20 @@ def test_an_unrelated_assistant(tiny_model):
         assert_greedy(model, ids, got, 12)
 
 
+def test_drafts_in_a_static_cache(tiny_model, spy):
+    """It rolls back as well, and generate() compiles nothing while it keeps a log."""
+    model, crops = tiny_model(**EXACT, **MIXED), spy("crop")
+    for ids in PROMPTS[:4]:
+        cache = BMojoCache(model.config, max_cache_len=ids.shape[1] + 12 + 4)  # drafts that are not kept
+        got = model.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4, cache=cache)
+        assert_greedy(model, ids, got, 12)
+    assert any(crops)
+    fresh = BMojoCache(model.config, max_cache_len=8)
+    assert fresh.is_compileable
+    fresh.activate_past_recording()
+    assert not fresh.is_compileable
+
+
 def test_drafts_need_no_more_room_than_they_keep(tiny_model):
     model = tiny_model(**EXACT, layers_block_type=["full_attention", "bmojo"])
     out = model.generate(
@@ -365,7 +422,7 @@ def test_drafts_need_no_more_room_than_they_keep(tiny_model):
     )
     plain = model.generate(PROMPTS[3], max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, plain.sequences)
-    assert out.past_key_values.num_bytes() == plain.past_key_values.num_bytes()
+    assert cache_of(out).num_bytes() == cache_of(plain).num_bytes()
 
 
 # -- the rest of the interface -----------------------------------------------------------------------------------------
@@ -407,7 +464,7 @@ def test_streamer(tiny_model):
     assert torch.equal(torch.cat(streamer.parts), greedy(model, ids, 9)[0])
 
 
-def test_pipeline_is_silent(tiny_model, caplog, monkeypatch):
+def test_pipeline_is_silent(tiny_model, silence, monkeypatch):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ROOT)
     model = tiny_model(vocab_size=4096, dtype=torch.float64, eos_token_id=tokenizer.eos_token_id)
     assert (tokenizer.pad_token_id, tokenizer.padding_side, len(tokenizer)) == (
@@ -417,14 +474,10 @@ def test_pipeline_is_silent(tiny_model, caplog, monkeypatch):
     )
     # what loading by AutoModelForCausalLM does for code from the model's repository
     monkeypatch.setattr(MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {BMojoConfig: BMojoForCausalLM})
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
-    transformers_logging.warning_once.cache_clear()  # what an earlier test was told is said again
     prompts = ["Once upon a time", "The", "A longer prompt than the others, with more words in it.", "0 1 2", "It was"]
-    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
-        warnings.simplefilter("error")
+    with silence():
         generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
         answers = generator(prompts, batch_size=4, max_new_tokens=8, do_sample=False, return_full_text=False)
-    assert [record.getMessage() for record in caplog.records] == []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         new = greedy(model, ids, 8)[0, ids.shape[1] :]
@@ -452,11 +505,11 @@ def test_long_prompts_are_read_in_pieces(tiny_model, monkeypatch, changes, side)
         monkeypatch.setattr(type(model.model), "prefill_piece", piece)
         with torch.no_grad():
             outputs[piece] = model(ids, attention_mask=mask)
-            outputs[piece].next = model(ids[:, :2], past_key_values=outputs[piece].past_key_values).logits
+            outputs[piece].next = model(ids[:, :2], cache=outputs[piece].cache).logits
     assert calls == [7] * 6 + [3] + [2] + [45] + [2]
     assert torch.allclose(outputs[7].logits, outputs[1000].logits, rtol=0, atol=1e-12)
     assert torch.allclose(outputs[7].next, outputs[1000].next, rtol=0, atol=1e-12)
-    for name, tensor in outputs[7].past_key_values.tensors().items():
-        assert tensor.shape == outputs[1000].past_key_values.tensors()[name].shape
-    assert outputs[7].past_key_values.get_seq_length() == 47
-    assert torch.equal(outputs[7].past_key_values.lengths, outputs[1000].past_key_values.lengths)
+    for name, tensor in outputs[7].cache.tensors().items():
+        assert tensor.shape == outputs[1000].cache.tensors()[name].shape
+    assert outputs[7].cache.get_seq_length() == 47
+    assert torch.equal(outputs[7].cache.lengths, outputs[1000].cache.lengths)

@@ -334,10 +334,8 @@ def test_the_model_is_the_same(tiny_model, monkeypatch, name):
             with torch.no_grad():
                 cache, streamed = None, []
                 for start, stop in ((0, 11), (11, 12), (12, 25), (25, 26)):
-                    output = model(
-                        ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True
-                    )
-                    cache, streamed = output.past_key_values, [*streamed, output.logits]
+                    output = model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache, use_cache=True)
+                    cache, streamed = output.cache, [*streamed, output.logits]
             found[mode]["streamed"] = torch.cat(streamed, 1)[mask.bool()]
     want, got = found["torch"], found["triton"]
     assert want.keys() == got.keys()

@@ -179,8 +179,8 @@ def stream(model, ids, sizes, **kwargs):
     logits, memories, start = [], defaultdict(dict), 0
     for size in [*sizes, ids.shape[1]]:
         part = ids[:, start : start + size]
-        out = model(part, past_key_values=cache, output_eidetic=True, **kwargs)
-        assert out.past_key_values is cache
+        out = model(part, cache=cache, output_eidetic=True, **kwargs)
+        assert out.cache is cache
         logits.append(out.logits)
         first = start // model.config.eidetic_chunk_size
         for layer, positions in enumerate(out.eidetic_positions):
@@ -316,7 +316,7 @@ def test_gradients_flow_through_cached_calls(make, form):
     ids = tokens(1, 20)
     whole = torch.autograd.grad(model(ids, use_cache=False).logits.square().sum(), model.model.embed_tokens.weight)[0]
     cache = BMojoCache(model.config)
-    logits = [model(part, past_key_values=cache).logits for part in ids.split([7, 1, 1, 11], 1)]
+    logits = [model(part, cache=cache).logits for part in ids.split([7, 1, 1, 11], 1)]
     parts = torch.autograd.grad(torch.cat(logits, 1).square().sum(), model.model.embed_tokens.weight)[0]
     assert rel_error(parts, whole) < 1e-9
 
@@ -388,18 +388,18 @@ def test_padded_rows_are_rows_alone(make, variant, side):
     ids, mask = padded(side)
     steps = tokens(len(ids), 30, seed=3)
     cache = BMojoCache(model.config)
-    batch = model(ids, attention_mask=mask, past_key_values=cache, output_eidetic=True)
+    batch = model(ids, attention_mask=mask, cache=cache, output_eidetic=True)
     states = [cache_of_row(cache, row) for row in range(len(ids))]
     assert torch.equal(cache.lengths, mask.sum(1))
     decoded = []
     for step in range(30):
         mask = F.pad(mask, (0, 1), value=1)
-        decoded.append(model(steps[:, step : step + 1], attention_mask=mask, past_key_values=cache).logits)
+        decoded.append(model(steps[:, step : step + 1], attention_mask=mask, cache=cache).logits)
     decoded = torch.cat(decoded, 1)
     for row, length in enumerate(LENGTHS):
         kept = mask[row, :24].bool()
         own = BMojoCache(model.config)
-        alone = model(ids[row : row + 1, kept], past_key_values=own, output_eidetic=True)
+        alone = model(ids[row : row + 1, kept], cache=own, output_eidetic=True)
         if length:
             assert rel_error(batch.logits[row, kept], alone.logits[0]) < 1e-9
             assert_same_state(states[row], cache_of_row(own, 0))
@@ -409,7 +409,7 @@ def test_padded_rows_are_rows_alone(make, variant, side):
                     assert torch.equal(batch.eidetic_positions[layer][row, :chunks], positions[0])
                     assert (batch.eidetic_positions[layer][row, chunks:] == -1).all()
                     assert rel_error(batch.innovations[layer][row, kept], alone.innovations[layer][0]) < 1e-9
-        assert rel_error(decoded[row], model(steps[row : row + 1], past_key_values=own).logits[0]) < 1e-9
+        assert rel_error(decoded[row], model(steps[row : row + 1], cache=own).logits[0]) < 1e-9
         assert_same_state(cache_of_row(cache, row), cache_of_row(own, 0))
 
 
@@ -424,13 +424,13 @@ def test_padded_rows_in_several_calls(make, form, variant):
     for number, size in enumerate([3, 1, 1, 0, 8, 1, 2, 1, 1, 1, 13, 1, 1, 6]):
         end = start + size
         seen = mask[:, start:end] if number % 2 else mask[:, :end]  # the mask of the call, or with its past
-        logits.append(model(ids[:, start:end], attention_mask=seen, past_key_values=cache).logits)
+        logits.append(model(ids[:, start:end], attention_mask=seen, cache=cache).logits)
         start = end
     logits = torch.cat(logits, 1)
     for row in range(len(ids) - 1):
         kept = mask[row].bool()
         own = BMojoCache(model.config)
-        assert rel_error(logits[row, kept], model(ids[row : row + 1, kept], past_key_values=own).logits[0]) < 1e-9
+        assert rel_error(logits[row, kept], model(ids[row : row + 1, kept], cache=own).logits[0]) < 1e-9
         assert_same_state(cache_of_row(cache, row), cache_of_row(own, 0))
 
 
@@ -605,7 +605,7 @@ def test_nan_innovations_rank_last(make, sizes):
         for part in embeds.split([*sizes, 33 - sum(sizes)], 1):
             first = cache.get_seq_length() // C
             if part.shape[1]:
-                out = model(inputs_embeds=part, past_key_values=cache, output_eidetic=True)
+                out = model(inputs_embeds=part, cache=cache, output_eidetic=True)
                 seen |= {first + i: positions for i, positions in enumerate(out.eidetic_positions[0][0].tolist())}
     errors = reference(model, tokens(33)).innovations[0][:9] + [math.nan] * 24
     for chunk in range(11):
@@ -679,7 +679,7 @@ def test_a_stream_may_be_anywhere(make, variant, far, even):
             positions = layer.state["eidetic_position"]
             layer.state["eidetic_position"] = torch.where(positions >= 0, positions + shift, -1)
     for part in ids[:, 31:].split([1, 1, 1, 1, 9, 1, 15], 1):
-        want, got = (model(part, past_key_values=c, output_eidetic=True) for c in (cache, moved))
+        want, got = (model(part, cache=c, output_eidetic=True) for c in (cache, moved))
         assert rel_error(got.logits, want.logits) < 1e-4
         for a, b in zip(got.eidetic_positions, want.eidetic_positions, strict=True):
             assert a is None or torch.equal(a, torch.where(b >= 0, b + shift, -1))
@@ -739,8 +739,8 @@ def test_every_dtype_is_kept_and_finite(tiny_model, variant, dtype, dt_bias):
     embeds = (model.model.embed_tokens(tokens(2, 4 * W)) * 300).detach().requires_grad_()
     cache = BMojoCache(model.config)
     labels = tokens(2, 4 * W - 2)
-    first = model(inputs_embeds=embeds[:, :-2], past_key_values=cache, labels=labels, output_eidetic=True)
-    later = [model(inputs_embeds=embeds[:, i : i + 1], past_key_values=cache).logits for i in (-2, -1)]
+    first = model(inputs_embeds=embeds[:, :-2], cache=cache, labels=labels, output_eidetic=True)
+    later = [model(inputs_embeds=embeds[:, i : i + 1], cache=cache).logits for i in (-2, -1)]
     logits = torch.cat([first.logits, *later], 1)
     assert logits.dtype == dtype
     assert logits.isfinite().all()
@@ -773,8 +773,8 @@ def test_nan_stays_in_its_row(make, form, variant, side):
 
     def run(embeds):
         cache = BMojoCache(model.config)
-        logits = [model(inputs_embeds=embeds[:, :20], attention_mask=mask[:, :20], past_key_values=cache).logits]
-        logits += [model(inputs_embeds=embeds[:, i : i + 1], past_key_values=cache).logits for i in range(20, 24)]
+        logits = [model(inputs_embeds=embeds[:, :20], attention_mask=mask[:, :20], cache=cache).logits]
+        logits += [model(inputs_embeds=embeds[:, i : i + 1], cache=cache).logits for i in range(20, 24)]
         return torch.cat(logits, 1), cache
 
     (want, wanted), (got, cache) = run(embeds), run(poisoned)
@@ -794,7 +794,7 @@ def test_padding_may_hold_anything(make, form):
     poisoned = embeds.masked_fill(mask[..., None] == 0, torch.nan)
     got = model(inputs_embeds=poisoned, attention_mask=mask)
     assert torch.equal(got.logits[mask.bool()], want[mask.bool()])
-    assert not any(tensor.isnan().any() for tensor in got.past_key_values.tensors().values())
+    assert not any(tensor.isnan().any() for tensor in got.cache.tensors().values())
 
 
 # ---------------------------------------------------------------------------- the scans

@@ -166,7 +166,7 @@ def compare_with_reference(config):
         assert a is None or rel_error(a, b) < 1e-8 or (a - b).abs().max() < 1e-12, name
     cache = BMojoCache(config)
     with torch.no_grad():
-        parts = [model(part[None], past_key_values=cache).logits[0] for part in ids.split([4, 1, 1, 1, 5, 1])]
+        parts = [model(part[None], cache=cache).logits[0] for part in ids.split([4, 1, 1, 1, 5, 1])]
     assert rel_error(torch.cat(parts), want) < 1e-9
 
 

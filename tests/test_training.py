@@ -264,16 +264,16 @@ def test_checkpointing_returns_no_cache_and_says_so(tiny_model, ids, caplog):
 
     logger.warning_once.cache_clear()
     model = tiny_model().train()
-    assert model(ids, use_cache=True).past_key_values is not None
+    assert model(ids, use_cache=True).cache is not None
     model.activation_checkpointing_enable()
     with caplog.at_level(logging.WARNING):
-        assert model(ids, use_cache=True).past_key_values is None
+        assert model(ids, use_cache=True).cache is None
     assert "use_cache=True does not go with gradient checkpointing" in caplog.text
-    assert model.eval()(ids, use_cache=True).past_key_values is not None
+    assert model.eval()(ids, use_cache=True).cache is not None
 
 
 def test_training_returns_no_cache_unasked(tiny_model, ids):
-    assert tiny_model().train()(ids, labels=ids).past_key_values is None
+    assert tiny_model().train()(ids, labels=ids).cache is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,9 +292,9 @@ def test_autocast_keeps_loss_and_states(tiny_model, ids, overrides):
     assert half_loss.item() == pytest.approx(loss.item(), rel=1e-2)
     assert half_grads.keys() == grads.keys()
     assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in half_grads.values())
-    wide = [name for name in output.past_key_values.tensors() if name.endswith(("ssm", "innovation"))]
+    wide = [name for name in output.cache.tensors() if name.endswith(("ssm", "innovation"))]
     assert wide
-    assert {output.past_key_values.tensors()[name].dtype for name in wide} == {torch.float32}
+    assert {output.cache.tensors()[name].dtype for name in wide} == {torch.float32}
 
 
 def test_autocast_leaves_the_scan_alone(tiny_model, form, ids, monkeypatch):
@@ -329,7 +329,7 @@ def test_a_step_in_any_precision(tiny_model, ids, overrides, dtype):
     with torch.no_grad():
         output = model(ids, labels=ids, use_cache=True)
     assert output.loss.item() < loss.item()
-    states = {name: x.dtype for name, x in output.past_key_values.tensors().items() if name.endswith("ssm")}
+    states = {name: x.dtype for name, x in output.cache.tensors().items() if name.endswith("ssm")}
     assert set(states.values()) == {torch.promote_types(dtype, torch.float32)}
 
 
