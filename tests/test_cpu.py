@@ -995,6 +995,6 @@ def test_generation_on_either_kind_of_processor(models, slow_products, monkeypat
     cache = BMojoCache(model.config)
     with torch.no_grad():
         want = model(ids).logits
-        got = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+        got = torch.cat([model(token, cache=cache).logits for token in ids.split(1, 1)], 1)
     assert rel_error(got, want) < 1e-5
     assert bool(calls) != slow_products
