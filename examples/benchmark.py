@@ -2,13 +2,13 @@ r"""Time and memory of B'MOJO against transformers' own models of equal size.
 
 Commands:
 
-    python examples/benchmark.py --output runs/benchmark            # half an hour on one core
+    python examples/benchmark.py --output runs/benchmark            # an hour on one core
     python examples/benchmark.py --quick --output runs/quick        # under two minutes
 
 All models get random weights and the same number of parameters in their body (all but embeddings and head): the widths
-of their MLPs are solved for that. Mamba and Mamba2 have no MLP; they have as many layers, twice the hidden size and
-their usual expand=2, which comes to the same. `mamba-wide` and `mamba2-wide`, for --entrants, keep the hidden size and
-have expand=8 instead.
+of their MLPs are solved for that. Mamba and Mamba2 have no MLP and so come twice, with as many layers: with twice the
+hidden size and their usual expand=2 (of the two the faster), and, `mamba-wide` and `mamba2-wide`, with the hidden size
+of the others and expand=8.
 
 What is measured, batch 1, each model with its own kind of cache:
 
@@ -126,7 +126,6 @@ def make_entrants(s: Sizes = Sizes()) -> dict[str, Entrant]:
 
 
 ENTRANTS = make_entrants()
-DEFAULT_ENTRANTS = [name for name in ENTRANTS if not name.endswith("-wide")]
 
 
 def build(name: str, sizes: Sizes, dtype: str = "float32", device: str = "cpu"):
@@ -548,7 +547,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument("--" + field.replace("_", "-"), type=int, default=value, help=f"default {value}")
     options = parser.parse_args(argv)
     options.command = shlex.join(["python", "examples/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
-    options.entrants = list(dict.fromkeys(options.entrants or (QUICK_ENTRANTS if options.quick else DEFAULT_ENTRANTS)))
+    options.entrants = list(dict.fromkeys(options.entrants or (QUICK_ENTRANTS if options.quick else ENTRANTS)))
     options.once_above = 0.25 if options.quick else 20  # seconds of a call that is made in one round only
     options.decode_tokens = 16 if options.quick else 32  # per turn
     if unknown := [name for name in options.entrants if name not in ENTRANTS]:

@@ -76,7 +76,7 @@ def test_every_entrant_trains_and_decodes(benchmark, sizes):
 
 
 def test_bodies_are_of_equal_size(benchmark):
-    for name in benchmark.DEFAULT_ENTRANTS:
+    for name in benchmark.ENTRANTS:
         assert benchmark.count_body(benchmark.build(name, benchmark.Sizes())) == pytest.approx(1e7, rel=0.02)
 
 
