@@ -1,4 +1,4 @@
-r"""Train a B'MOJO language model from nothing on a folder of text files.
+r"""Train a B'MOJO language model on a folder of text files, from nothing or further.
 
 The texts are tokenised once into one stream, each followed by the end-of-text token, and kept in the output folder as a
 memory-mapped file. Training sees fixed-length windows of that stream in a shuffled order that depends on the seed
@@ -285,14 +285,20 @@ def build_config(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
     return config_class(**values)
 
 
-def build_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Make a model with fresh weights from this repository's code, so that what it saves carries the code along."""
+def build_model(config: PreTrainedConfig, weights: str | None = None) -> PreTrainedModel:
+    """Make a model from this repository's code, so that what it saves carries the code along.
+
+    Its weights are fresh, or those of the folder or Hub id `weights`.
+    """
     model_class = get_class_from_dynamic_module("modeling_bmojo.BMojoForCausalLM", str(ROOT))
     if getattr(config, "auto_map", None) is None:
         config.auto_map = dict(sys.modules[type(config).__module__].AUTO_MAP)
     type(config).register_for_auto_class("AutoConfig")
     model_class.register_for_auto_class("AutoModelForCausalLM")
-    model = model_class(config)
+    if weights is None:
+        model = model_class(config)
+    else:
+        model = model_class.from_pretrained(weights, config=config, dtype=torch.float32)
     ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(**ids)
     return model
@@ -341,6 +347,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data (default 0)")
+    parser.add_argument(
+        "--init", help="folder or Hub id of a B'MOJO model to start from instead of fresh weights, with its sizes"
+    )
     parser.add_argument("--config", help="a config.json, or a JSON object of fields that replace the shipped sizes")
     sizes = parser.add_argument_group("sizes of the model", "each wins over --config")
     for name, value in SHIPPED_SIZES.items():
@@ -351,6 +360,9 @@ def parse_options() -> argparse.Namespace:
     for name in ("seq_len", "batch_size", "gradient_accumulation", "steps", "save_every", "log_every", "eval_windows"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+    sizes_given = [name for name in ("config", *SHIPPED_SIZES) if getattr(options, name) is not None]
+    if options.init and sizes_given:
+        parser.error(f"--init brings the sizes of its model: leave out --{sizes_given[0].replace('_', '-')}.")
     if options.max_minutes is not None and options.max_minutes <= 0:
         parser.error(f"--max-minutes is {options.max_minutes}; it must be positive.")
     return options
@@ -402,9 +414,11 @@ def main():
     checkpoint = check_resume(options, tokens)
 
     set_seed(options.seed)
+    config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
     if checkpoint:
-        config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
         model = build_model(config_class.from_pretrained(checkpoint))
+    elif options.init:
+        model = build_model(config_class.from_pretrained(options.init), options.init)
     else:
         model = build_model(build_config(options, tokenizer))
     per_step = options.batch_size * options.gradient_accumulation
