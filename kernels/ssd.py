@@ -292,12 +292,13 @@ def _ssd_bwd_inputs_kernel(
 
     A = tl.load(A_ptr + head)
     dt, log, end = _steps(dt_ptr + place, A, HEADS, rows, BLOCK_T)
-    decay = _decays(log, BLOCK_T)
+    weight = score * _decays(log, BLOCK_T)
     token = tl.arange(0, BLOCK_T)
     d_dt = tl.zeros([BLOCK_T], dtype=tl.float32)  # by way of what a token gives
     d_log = tl.zeros([BLOCK_T], dtype=tl.float32)
     given = tl.zeros([BLOCK_T], dtype=tl.float32)
     passed = 0.0
+    d_weight = tl.zeros([BLOCK_T, BLOCK_T], dtype=tl.float32)
     for p in range(0, P, BLOCK_P):
         read = tl.zeros([BLOCK_T, BLOCK_P], dtype=tl.float32)  # of the state before the block
         d_x = tl.zeros([BLOCK_T, BLOCK_P], dtype=tl.float32)
@@ -310,19 +311,17 @@ def _ssd_bwd_inputs_kernel(
             d_x = dot(B, tl.trans(d_end), d_x, PRECISION)
             passed += tl.sum(begin.to(tl.float32) * d_end.to(tl.float32))
         x = _load(x_ptr, stride_xt, rows, p, P, BLOCK_T, BLOCK_P)
-        d_y = _load(d_y_ptr + place * P, HEADS * P, rows, p, P, BLOCK_T, BLOCK_P)
-        d_log += tl.sum(d_y * read, 1) * tl.exp2(log)
+        d_y = _load(d_y_ptr + place * P, HEADS * P, rows, p, P, BLOCK_T, BLOCK_P).to(dtype)
+        d_log += tl.sum(d_y.to(tl.float32) * read, 1) * tl.exp2(log)
         d_x *= tl.exp2(end - log)[:, None]
         given += tl.sum(x.to(tl.float32) * d_x, 1) * dt
-        d_y = d_y.to(dtype)
-        d_weight = dot(x, tl.trans(d_y), None, PRECISION)
-        d_gap = d_weight * score * decay * dt[:, None]
-        d_gap = tl.where(token[:, None] < token[None, :], d_gap, 0.0)
-        d_log += tl.sum(d_gap, 0) - tl.sum(d_gap, 1)
-        d_x = dot((score * decay).to(dtype), d_y, d_x, PRECISION)
+        d_weight = dot(x, tl.trans(d_y), d_weight, PRECISION)
+        d_x = dot(weight.to(dtype), d_y, d_x, PRECISION)
         d_dt += tl.sum(x.to(tl.float32) * d_x, 1)
         _store(d_x_ptr + place * P, HEADS * P, rows, p, d_x * dt[:, None], P, BLOCK_T, BLOCK_P)
 
+    d_gap = tl.where(token[:, None] < token[None, :], d_weight * weight * dt[:, None], 0.0)
+    d_log += tl.sum(d_gap, 0) - tl.sum(d_gap, 1)
     # a step's log decay is in the gaps that it lies in, in what tokens before it give to the end, and in the whole
     d_step = tl.cumsum(d_log, 0, reverse=True) + tl.cumsum(given, 0) - given + tl.exp2(end) * passed
     tl.store(d_dt_ptr + place + token * HEADS, d_dt + A * d_step, mask=token < rows)
@@ -408,8 +407,8 @@ def _ssd_bwd_vectors_kernel(
 
 # (BLOCK_T, BLOCK_P, BLOCK_N, num_warps) of the kernels, by bytes per number; "state" has the BLOCK_T of those it works for
 _BLOCKS = {
-    ("ampere", 2): {"fwd": (128, 64, 32, 8), "inputs": (64, 64, 32, 8), "vectors": (64, 32, 64, 8), "state": (64, 64, 4)},
-    ("ampere", 4): {"fwd": (64, 32, 16, 8), "inputs": (32, 32, 16, 4), "vectors": (32, 16, 32, 4), "state": (32, 32, 4)},
+    ("ampere", 2): {"fwd": (64, 64, 32, 4), "inputs": (64, 16, 32, 8), "vectors": (64, 16, 64, 8), "state": (64, 64, 4)},
+    ("ampere", 4): {"fwd": (64, 32, 16, 4), "inputs": (32, 16, 16, 4), "vectors": (32, 16, 32, 4), "state": (16, 32, 4)},
     ("turing", 2): {"fwd": (32, 32, 16, 4), "inputs": (32, 16, 16, 4), "vectors": (32, 16, 16, 4), "state": (32, 32, 4)},
     ("turing", 4): {"fwd": (32, 16, 16, 4), "inputs": (16, 16, 16, 4), "vectors": (16, 16, 16, 4), "state": (32, 32, 4)},
     ("amd", 2): {"fwd": (64, 64, 32, 4), "inputs": (64, 32, 32, 4), "vectors": (64, 32, 32, 4), "state": (64, 64, 4)},
@@ -443,7 +442,7 @@ def settings(kernel: str, head_dim: int, state_size: int, itemsize: int, archite
         "BLOCK_T": block_t,
         "PRECISION": "tf32x3" if itemsize == 4 and architecture == "ampere" else "ieee",
         "num_warps": num_warps,
-        "num_stages": 1 if architecture == "amd" else 2,
+        "num_stages": 2 if architecture == "ampere" and itemsize == 2 else 1,
     }
 
 
@@ -609,30 +608,27 @@ def ssd_scan(x, dt, A, B, C, initial_state=None, chunk_size: int = 64):
 
 def launches(itemsize: int, architecture: str):
     """What `compile_report.py` compiles: all kernels for many sizes, and their options at one of them."""
-    floats = "dt A log last y d_y d_dt d_A d_B d_C".split()
-    types = {f"{name}_ptr": "*fp32" for name in floats}
+    types = {f"{name}_ptr": "*fp32" for name in "dt A log last y d_y d_dt d_A d_B d_C".split()}
+    backwards = {"value_ptr": "*fp32"}
+    chunks = {"begin_ptr": None, "states_ptr": "*fp32", "last_ptr": None}
+    before = {"begin_ptr": "*fp32", "log_ptr": None}
 
-    def launch(kernel, kind, head_dim, state_size, what="", more=None, **other):
-        constants = {"HEADS": 32, "GROUPS": 1} | settings(kind, head_dim, state_size, itemsize, architecture)
-        return Launch(f"{kernel.__name__} P {head_dim} N {state_size}{what}", kernel, types | other, constants | (more or {}))
+    def launch(kernel, kind, size, what="", reverse=False, **other):
+        shape = {"HEADS": 32, "GROUPS": 1, "REVERSE": reverse}
+        name = f"{kernel.__name__} P {size[0]} N {size[1]}{' reverse' * reverse}{what}"
+        return Launch(name, kernel, types | other, shape | settings(kind, *size, itemsize, architecture))
 
-    for head_dim in (16, 32, 64, 96, 128):
-        for state_size in (16, 32, 64, 128):
-            size = head_dim, state_size
-            yield launch(_ssd_fwd_kernel, "fwd", *size)
-            yield launch(_ssd_bwd_inputs_kernel, "inputs", *size)
-            yield launch(_ssd_bwd_vectors_kernel, "vectors", *size)
-            for of in ("fwd", "bwd"):
-                chunks = {"begin_ptr": None, "states_ptr": "*fp32", "last_ptr": None}
-                before = {"begin_ptr": "*fp32", "log_ptr": None}
-                forwards = {"REVERSE": False}
-                yield launch(_ssd_state_kernel, f"{of} state", *size, f" {of} chunks", forwards, **chunks)
-                yield launch(_ssd_state_kernel, f"{of} state", *size, f" {of}", forwards, **before)
-            backwards = {"REVERSE": True}
-            chunks["value_ptr"] = before["value_ptr"] = "*fp32"
-            yield launch(_ssd_state_kernel, "bwd state", *size, " reverse chunks", backwards, **chunks)
-            yield launch(_ssd_state_kernel, "bwd state", *size, " reverse", backwards, **before)
+    for size in ((16, 16), (16, 128), (32, 64), (64, 64), (64, 128), (80, 96), (128, 16), (128, 128), (64, 256)):
+        yield launch(_ssd_fwd_kernel, "fwd", size)
+        yield launch(_ssd_bwd_inputs_kernel, "inputs", size)
+        yield launch(_ssd_bwd_vectors_kernel, "vectors", size)
+        yield launch(_ssd_state_kernel, "fwd state", size, **before)
+        yield launch(_ssd_state_kernel, "bwd state", size, reverse=True, **before, **backwards)
+    size = 64, 128
+    yield launch(_ssd_state_kernel, "fwd state", size, " chunks", **chunks)
+    yield launch(_ssd_state_kernel, "bwd state", size, " chunks", reverse=True, **chunks, **backwards)
+    yield launch(_ssd_state_kernel, "bwd state", size, " again", **before | {"begin_ptr": None, "last_ptr": None})
     for reverse in (False, True):
-        constants = {"HEADS": 32, "SIZE": 64 * 64, "REVERSE": reverse} | _PASS
-        pass_types = types | {"states_ptr": "*fp32", "begin_ptr": "*fp32"}
-        yield Launch(f"_ssd_pass_kernel{' reverse' if reverse else ''}", _ssd_pass_kernel, pass_types, constants)
+        sums = types | {"states_ptr": "*fp32", "begin_ptr": "*fp32"}
+        constants = {"HEADS": 32, "SIZE": 64 * 128, "REVERSE": reverse} | _PASS
+        yield Launch(f"_ssd_pass_kernel{' reverse' * reverse}", _ssd_pass_kernel, sums, constants)
