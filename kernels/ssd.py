@@ -51,11 +51,14 @@ def _store(ptr, stride, rows, first, block, D: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _steps(dt_ptr, A, HEADS: tl.constexpr, rows, BLOCK_T: tl.constexpr):
-    """dt, the log decay from the block's start to every token, and that to its end. Tokens that do not exist have dt 0."""
+    """dt, the log decay from the block's start to every token, and that to its end. Tokens that do not exist have dt 0.
+
+    A step below 2^-160, in float32 0, counts as that: sums of more would round off what lies between two tokens.
+    """
     token = tl.arange(0, BLOCK_T)
     dt = tl.load(dt_ptr + token * HEADS, mask=token < rows, other=0.0)
-    step = dt * (A * _LOG2E)
-    return dt, tl.cumsum(step, 0), tl.sum(step, 0)
+    log = tl.cumsum(tl.maximum(dt * (A * _LOG2E), -160.0), 0)
+    return dt, log, tl.sum(tl.where(token == BLOCK_T - 1, log, 0.0), 0)
 
 
 @triton.jit
