@@ -408,14 +408,15 @@ def _ssd_bwd_vectors_kernel(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# (BLOCK_T, BLOCK_P, BLOCK_N, num_warps) of the kernels, by bytes per number; "state" has the BLOCK_T of those it works for
+# (BLOCK_T, BLOCK_P, BLOCK_N, num_warps) of the kernels, by bytes per number. BLOCK_T is one for "inputs" and "vectors", which
+# read the same states; "state" has that of those it works for, so that its first number is not used
 _BLOCKS = {
-    ("ampere", 2): {"fwd": (64, 64, 32, 4), "inputs": (64, 16, 32, 8), "vectors": (64, 16, 64, 8), "state": (64, 64, 4)},
-    ("ampere", 4): {"fwd": (64, 32, 16, 4), "inputs": (32, 16, 16, 4), "vectors": (32, 16, 32, 4), "state": (16, 32, 4)},
-    ("turing", 2): {"fwd": (32, 32, 16, 4), "inputs": (32, 16, 16, 4), "vectors": (32, 16, 16, 4), "state": (32, 32, 4)},
-    ("turing", 4): {"fwd": (32, 16, 16, 4), "inputs": (16, 16, 16, 4), "vectors": (16, 16, 16, 4), "state": (32, 32, 4)},
-    ("amd", 2): {"fwd": (64, 64, 32, 4), "inputs": (64, 32, 32, 4), "vectors": (64, 32, 32, 4), "state": (64, 64, 4)},
-    ("amd", 4): {"fwd": (64, 32, 32, 4), "inputs": (32, 32, 32, 4), "vectors": (32, 32, 32, 4), "state": (32, 64, 4)},
+    ("ampere", 2): {"fwd": (64, 64, 32, 4), "inputs": (64, 16, 32, 8), "vectors": (64, 32, 64, 8), "state": (64, 64, 64, 8)},
+    ("ampere", 4): {"fwd": (64, 32, 16, 4), "inputs": (16, 32, 16, 4), "vectors": (16, 32, 32, 4), "state": (64, 16, 32, 4)},
+    ("turing", 2): {"fwd": (32, 32, 16, 4), "inputs": (32, 16, 16, 4), "vectors": (32, 16, 16, 4), "state": (32, 32, 32, 4)},
+    ("turing", 4): {"fwd": (32, 16, 16, 4), "inputs": (16, 16, 16, 4), "vectors": (16, 16, 16, 4), "state": (32, 32, 32, 4)},
+    ("amd", 2): {"fwd": (64, 64, 32, 4), "inputs": (64, 32, 32, 4), "vectors": (64, 32, 32, 4), "state": (64, 64, 64, 4)},
+    ("amd", 4): {"fwd": (64, 32, 32, 4), "inputs": (32, 32, 32, 4), "vectors": (32, 32, 32, 4), "state": (64, 32, 64, 4)},
 }
 _CHUNK = 512  # tokens of a chunk
 _BLOCK_H = 8  # heads of a group that add up their gradients of B and C in registers
@@ -430,13 +431,11 @@ def settings(kernel: str, head_dim: int, state_size: int, itemsize: int, archite
     README; `compile_report.py` shows what fits.
     """
     blocks = _BLOCKS[architecture, itemsize]
-    if kernel.endswith("state"):
-        block_t = blocks["fwd" if kernel.startswith("fwd") else "inputs"][0]
-        block_p, block_n, num_warps = blocks["state"]
-        more = {"BLOCKS": _CHUNK // block_t}
-    else:
-        block_t, block_p, block_n, num_warps = blocks[kernel]
-        more = {"BLOCK_H": _BLOCK_H} if kernel == "vectors" else {}
+    of, _, is_state = kernel.partition(" ")
+    block_t = blocks["fwd" if of == "fwd" else "inputs"][0]
+    _, block_p, block_n, num_warps = blocks["state" if is_state else of]
+    more = {"BLOCK_H": _BLOCK_H} if kernel == "vectors" else {"BLOCKS": _CHUNK // block_t} if is_state else {}
+    ahead = architecture == "ampere" and itemsize == 2 and kernel != "vectors"  # loads of a next step while one computes
     return more | {
         "P": head_dim,
         "N": state_size,
@@ -445,7 +444,7 @@ def settings(kernel: str, head_dim: int, state_size: int, itemsize: int, archite
         "BLOCK_T": block_t,
         "PRECISION": "tf32x3" if itemsize == 4 and architecture == "ampere" else "ieee",
         "num_warps": num_warps,
-        "num_stages": 2 if architecture == "ampere" and itemsize == 2 else 1,
+        "num_stages": 2 if ahead else 1,
     }
 
 

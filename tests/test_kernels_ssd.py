@@ -25,7 +25,7 @@ def kernel():
 def small_blocks(kernel, monkeypatch):
     """Blocks of 16 in every direction, two of them to a chunk, two heads to a program: many of all in few tokens."""
     module = sys.modules[kernel.__module__]
-    sizes = {name: (16, 16, 16, 4) for name in ("fwd", "inputs", "vectors")} | {"state": (16, 16, 4)}
+    sizes = dict.fromkeys(("fwd", "inputs", "vectors", "state"), (16, 16, 16, 4))
     monkeypatch.setattr(module, "_BLOCKS", dict.fromkeys(module._BLOCKS, sizes))
     monkeypatch.setattr(module, "_CHUNK", 32)
     monkeypatch.setattr(module, "_BLOCK_H", 2)
@@ -99,7 +99,8 @@ def check(kernel, tensors, **options):
     plain = differentiate(ops_bmojo.ssd_scan, tensors, torch.float32, **options)
     with poisoned():
         got = differentiate(kernel, tensors, torch.float32, **options)
-    assert got.keys() == want.keys()
+    assert got.keys() >= want.keys()
+    assert all(got[name].eq(0).all() for name in got.keys() - want.keys())  # of what the loss does not depend on
     for name, exact in want.items():
         assert got[name].isfinite().all(), name
         assert rel_error(got[name], exact) <= 3 * rel_error(plain[name], exact) + 3e-6, name
@@ -168,7 +169,7 @@ def test_no_token(kernel):
 @pytest.mark.parametrize(("head_dim", "state"), [(16, 16), (40, 96), (64, 128), (128, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_size_in_blocks_of_its_own(kernel, head_dim, state, dtype):
-    """Results of 16 bits err by less than a step of these, those of float32 as the definition's."""
+    """Results of 16 bits err by less than two steps of these, those of float32 as the definition's."""
     tensors = inputs(1, 19, 1, 1, head_dim, state)
     tensors = {name: x if name in WIDE else x.to(dtype).double() for name, x in tensors.items()}
     if dtype is torch.float32:
@@ -179,7 +180,7 @@ def test_every_size_in_blocks_of_its_own(kernel, head_dim, state, dtype):
         got = differentiate(kernel, tensors, dtype)
     for name, exact in want.items():
         assert got[name].dtype is (dtype if name in ("x", "B", "C") else torch.float32), name
-        assert rel_error(got[name], exact) < torch.finfo(dtype).eps, name
+        assert rel_error(got[name], exact) < 2 * torch.finfo(dtype).eps, name
 
 
 def test_a_state_of_256(kernel):
@@ -205,18 +206,16 @@ def test_several_dtypes(kernel):
 @pytest.mark.usefixtures("small_blocks")
 def test_any_layout(kernel):
     """Parts of one projection, as the model has them; axes out of order; one row for all."""
-    tensors = inputs(2, 18)
+    tensors = {name: x.float() for name, x in inputs(2, 18).items()}
     parts = torch.cat([tensors[name].flatten(2) for name in ("x", "B", "C")], -1)
     x, B, C = parts.split([12, 5, 5], -1)
     projected = {"x": x.unflatten(2, (2, 6)), "B": B.unflatten(2, (1, 5)), "C": C.unflatten(2, (1, 5))}
     turned = {name: x.movedim(0, -1).contiguous().movedim(-1, 0) for name, x in tensors.items()}
     spread = {name: x if name == "A" else x[:1].expand_as(x) for name, x in tensors.items()}
     for layout in (tensors | projected, turned, spread):
-        narrow = {name: x.float() for name, x in layout.items()}
-        for name, x in narrow.items():
-            assert x.stride() == layout[name].stride()
-        for got, want in zip(kernel(**narrow), ops_bmojo.ssd_scan(**layout), strict=True):
-            assert rel_error(got, want) < 1e-6
+        want = ops_bmojo.ssd_scan(**{name: x.double() for name, x in layout.items()})
+        for out, exact in zip(kernel(**layout), want, strict=True):
+            assert rel_error(out, exact) < 1e-6
 
 
 def test_as_an_operator_of_torch(kernel):
