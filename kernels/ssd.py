@@ -141,7 +141,7 @@ def _ssd_state_kernel(
         ptr = states_ptr + place * (P * N) + corner
         _store(ptr, N, P - first_p, first_n, state, N, BLOCK_P, BLOCK_N)
         tl.store(log_ptr + place, through, mask=column == 0)
-    if last_ptr is not None:
+    if last_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled, the other is not
         if chunk == (0 if REVERSE else chunks - 1):
             ptr = last_ptr + (row * HEADS + head) * (P * N) + corner
             _store(ptr, N, P - first_p, first_n, state, N, BLOCK_P, BLOCK_N)
@@ -202,7 +202,7 @@ def _ssd_fwd_kernel(
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y of a block: what its tokens read of the state before it, and of each other."""
+    """The outputs of a block: what its tokens read of the state before it, and of each other."""
     blocks = tl.cdiv(seq_len, BLOCK_T)
     column, head, block, row = _program(blocks, tl.cdiv(P, BLOCK_P), HEADS)
     start = tl.cast(block, tl.int64) * BLOCK_T
@@ -411,12 +411,42 @@ def _ssd_bwd_vectors_kernel(
 # (BLOCK_T, BLOCK_P, BLOCK_N, num_warps) of the kernels, by bytes per number. BLOCK_T is one for "inputs" and "vectors", which
 # read the same states; "state" has that of those it works for, so that its first number is not used
 _BLOCKS = {
-    ("ampere", 2): {"fwd": (64, 64, 32, 4), "inputs": (64, 16, 32, 8), "vectors": (64, 32, 64, 8), "state": (64, 64, 64, 8)},
-    ("ampere", 4): {"fwd": (64, 32, 16, 4), "inputs": (16, 32, 16, 4), "vectors": (16, 32, 32, 4), "state": (64, 16, 32, 4)},
-    ("turing", 2): {"fwd": (32, 32, 16, 4), "inputs": (32, 16, 16, 4), "vectors": (32, 16, 16, 4), "state": (32, 32, 32, 4)},
-    ("turing", 4): {"fwd": (32, 16, 16, 4), "inputs": (16, 16, 16, 4), "vectors": (16, 16, 16, 4), "state": (32, 32, 32, 4)},
-    ("amd", 2): {"fwd": (64, 64, 32, 4), "inputs": (64, 32, 32, 4), "vectors": (64, 32, 32, 4), "state": (64, 64, 64, 4)},
-    ("amd", 4): {"fwd": (64, 32, 32, 4), "inputs": (32, 32, 32, 4), "vectors": (32, 32, 32, 4), "state": (64, 32, 64, 4)},
+    ("ampere", 2): {
+        "fwd": (64, 64, 32, 4),
+        "inputs": (64, 16, 32, 8),
+        "vectors": (64, 32, 64, 8),
+        "state": (64, 64, 64, 8),
+    },
+    ("ampere", 4): {
+        "fwd": (64, 32, 16, 4),
+        "inputs": (16, 32, 16, 4),
+        "vectors": (16, 32, 32, 4),
+        "state": (64, 16, 32, 4),
+    },
+    ("turing", 2): {
+        "fwd": (32, 32, 16, 4),
+        "inputs": (32, 16, 16, 4),
+        "vectors": (32, 16, 16, 4),
+        "state": (32, 32, 32, 4),
+    },
+    ("turing", 4): {
+        "fwd": (32, 16, 16, 4),
+        "inputs": (16, 16, 16, 4),
+        "vectors": (16, 16, 16, 4),
+        "state": (32, 32, 32, 4),
+    },
+    ("amd", 2): {
+        "fwd": (64, 64, 32, 4),
+        "inputs": (64, 32, 32, 4),
+        "vectors": (64, 32, 32, 4),
+        "state": (64, 64, 64, 4),
+    },
+    ("amd", 4): {
+        "fwd": (64, 32, 32, 4),
+        "inputs": (32, 32, 32, 4),
+        "vectors": (32, 32, 32, 4),
+        "state": (64, 32, 64, 4),
+    },
 }
 _CHUNK = 512  # tokens of a chunk
 _BLOCK_H = 8  # heads of a group that add up their gradients of B and C in registers
@@ -435,7 +465,8 @@ def settings(kernel: str, head_dim: int, state_size: int, itemsize: int, archite
     block_t = blocks["fwd" if of == "fwd" else "inputs"][0]
     _, block_p, block_n, num_warps = blocks["state" if is_state else of]
     more = {"BLOCK_H": _BLOCK_H} if kernel == "vectors" else {"BLOCKS": _CHUNK // block_t} if is_state else {}
-    ahead = architecture == "ampere" and itemsize == 2 and kernel != "vectors"  # loads of a next step while one computes
+    # loads of the next step while one computes, where there is room
+    ahead = architecture == "ampere" and itemsize == 2 and kernel != "vectors"
     return more | {
         "P": head_dim,
         "N": state_size,
@@ -515,16 +546,14 @@ def _forward(
     C: torch.Tensor,
     initial_state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and the last state, both float32. x, B and C have one dtype, the others are float32."""
+    """The outputs and the last state, both float32. x, B and C have one dtype, the others are float32."""
     y, last = _empty_outputs(x, B)
     call = _Launches(x, dt, A, B, C)
     chosen = call.settings("fwd")
     grid = (triton.cdiv(call.head_dim, chosen["BLOCK_P"]) * call.heads * call.blocks(chosen) * call.rows,)
     with on_device_of(x):
         begin = call.states("fwd", *_contiguous(initial_state), last)
-        _ssd_fwd_kernel[grid](
-            call.x, call.dt, call.A, call.B, call.C, begin, y, call.seq_len, *call.strides, **chosen
-        )
+        _ssd_fwd_kernel[grid](call.x, call.dt, call.A, call.B, call.C, begin, y, call.seq_len, *call.strides, **chosen)
     return y, last
 
 
@@ -604,7 +633,9 @@ def ssd_scan(x, dt, A, B, C, initial_state=None, chunk_size: int = 64):
     states, are in float32.
     """
     dtype = functools.reduce(torch.promote_types, (B.dtype, C.dtype), x.dtype)
-    x, B, C = x.to(dtype), B.to(dtype), C.to(dtype)
+    x, B, C = (
+        _dense(tensor.to(dtype))[0] for tensor in (x, B, C)
+    )  # out here: what is copied is then saved, and only once
     return _forward(x, dt.float(), A.float(), B, C, None if initial_state is None else initial_state.float())
 
 

@@ -139,7 +139,7 @@ def test_decays_from_none_to_all(kernel, decay):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_ragged_rows(kernel):
-    """dt of 0 behind the last token of a row: the state is that of the row alone, whatever x, B and C are there."""
+    """Steps of 0 behind the last token of a row: the state is that of the row alone, whatever x, B and C are there."""
     tensors, lengths = inputs(3, 35), (35, 17, 0)
     for row, length in enumerate(lengths):
         tensors["dt"][row, length:] = 0
