@@ -52,7 +52,7 @@ logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANS
 
 _NO_TRITON = "triton is not installed (`pip install triton`)"
 MODES = ("auto", "torch", "triton", "definition")
-UNPROVEN = {"attention"}  # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
+UNPROVEN = {"attention", "ssd"}  # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
 _HERE = Path(__file__).resolve().parent
 _loaded: dict[str, Callable] = {}  # the kernels in use, by name
 _told: set[str] = set()  # devices for which it was said why no kernel runs
@@ -205,7 +205,7 @@ def _has_triton() -> bool:
 # The operations that the model calls, each with its forms
 # ----------------------------------------------------------------------------------------------------------------------
 
-ssd_scan = dispatch(ssd_scan, blocked_ssd_scan)
+ssd_scan = dispatch(ssd_scan, blocked_ssd_scan, kernel="ssd")
 selective_scan = dispatch(selective_scan, blocked_selective_scan)
 delta_scan = dispatch(delta_scan, chunked=chunked_delta_scan)
 kalman_scan = dispatch(kalman_scan, chunked=chunked_kalman_scan)
