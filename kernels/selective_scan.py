@@ -107,7 +107,7 @@ def _selective_local_kernel(
             x = _of_token(x_ptr, start + i, exists, channel, CHANNELS)
             dt = _of_token(dt_ptr, start + i, exists, channel, CHANNELS)
             B = _of_token(B_ptr, start + i, exists, n, N)
-            state, _ = _step(state, x, dt, B, log2_decay)
+            state = _step(state, x, dt, B, log2_decay)[0]
             total += dt
     block = row * chunks + chunk
     tl.store(added_ptr + block * (CHANNELS * N) + place, state, mask=inside)
@@ -185,7 +185,7 @@ def _selective_fwd_kernel(
             dt = _of_token(dt_ptr, start + i, exists, channel, CHANNELS)
             B = _of_token(B_ptr, start + i, exists, n, N)
             C = _of_token(C_ptr, start + i, exists, n, N)
-            state, _ = _step(state, x, dt, B, log2_decay)
+            state = _step(state, x, dt, B, log2_decay)[0]
             y = tl.sum(state * C[None, :], 1)
             _to_token(y_ptr, y, start + i, exists, channel, CHANNELS)
 
@@ -195,7 +195,7 @@ def _selective_fwd_kernel(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["seq_len", "chunks", "steps"])
+@triton.jit(do_not_specialize=["seq_len", "chunks", "marks"])
 def _selective_bwd_local_kernel(
     x_ptr,
     dt_ptr,
@@ -209,15 +209,16 @@ def _selective_bwd_local_kernel(
     total_ptr,
     seq_len,
     chunks,
-    steps,
+    marks,
     CHANNELS: tl.constexpr,
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     T: tl.constexpr,
     STEP: tl.constexpr,
+    EVERY: tl.constexpr,
 ):
-    """The state before every STEP tokens, and what every block adds to the gradient of the state before it."""
+    """The state before every EVERY tokens, and what every block adds to the gradient of the state before it."""
     _, channel, chunk, row = _program(chunks, CHANNELS, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     place, inside = _matrix(channel, n, CHANNELS, N)
@@ -228,7 +229,7 @@ def _selective_bwd_local_kernel(
     B_ptr += first * N
     C_ptr += first * N
     d_y_ptr += first * CHANNELS
-    mark_ptr += (row * steps + chunk * (T // STEP)) * (CHANNELS * N)
+    mark_ptr += (row * marks + chunk * (T // EVERY)) * (CHANNELS * N)
     length = tl.minimum(T, seq_len - chunk * T)
     block = row * chunks + chunk
     state = tl.load(start_ptr + block * (CHANNELS * N) + place, mask=inside, other=0.0)
@@ -236,8 +237,8 @@ def _selective_bwd_local_kernel(
     d_added = tl.zeros([BLOCK_D, BLOCK_N], dtype=tl.float32)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     for start in range(0, length, STEP):
-        tl.store(mark_ptr + place, state, mask=inside)
-        mark_ptr += CHANNELS * N
+        if start % EVERY == 0:
+            tl.store(mark_ptr + start // EVERY * (CHANNELS * N) + place, state, mask=inside)
         for i in tl.static_range(STEP):
             exists = start + i < length
             x = _of_token(x_ptr, start + i, exists, channel, CHANNELS)
@@ -253,7 +254,7 @@ def _selective_bwd_local_kernel(
     tl.store(total_ptr + block * CHANNELS + channel, total, mask=channel < CHANNELS)
 
 
-@triton.jit(do_not_specialize=["seq_len", "chunks", "steps"])
+@triton.jit(do_not_specialize=["seq_len", "chunks", "marks"])
 def _selective_bwd_kernel(
     x_ptr,
     dt_ptr,
@@ -270,13 +271,14 @@ def _selective_bwd_kernel(
     d_C_ptr,
     seq_len,
     chunks,
-    steps,
+    marks,
     CHANNELS: tl.constexpr,
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     T: tl.constexpr,
     STEP: tl.constexpr,
+    EVERY: tl.constexpr,
 ):
     """Gradients of x and dt; of A for every block of tokens, (rows, chunks, channels, n); of B and C for every block of channels."""
     part, channel, chunk, row = _program(chunks, CHANNELS, BLOCK_D)
@@ -295,24 +297,30 @@ def _selective_bwd_kernel(
     offset = ((row * parts + part) * seq_len + chunk * T) * N
     d_B_ptr += offset
     d_C_ptr += offset
-    mark_ptr += (row * steps + chunk * (T // STEP)) * (CHANNELS * N)
+    mark_ptr += (row * marks + chunk * (T // EVERY)) * (CHANNELS * N)
     block = row * chunks + chunk
     length = tl.minimum(T, seq_len - chunk * T)
     d_state = tl.load(d_end_ptr + block * (CHANNELS * N) + place, mask=inside, other=0.0)
     d_A = tl.zeros([BLOCK_D, BLOCK_N], dtype=tl.float32)
     count = tl.cdiv(length, STEP)
     for passed in range(0, count):
-        number = count - 1 - passed
-        start = number * STEP
-        state = tl.load(mark_ptr + number * (CHANNELS * N) + place, mask=inside, other=0.0)
-        states = (state,)
+        start = (count - 1 - passed) * STEP
+        state = tl.load(mark_ptr + start // EVERY * (CHANNELS * N) + place, mask=inside, other=0.0)
+        for token in range(start // EVERY * EVERY, start):
+            x = _of_token(x_ptr, token, token < length, channel, CHANNELS)
+            dt = _of_token(dt_ptr, token, token < length, channel, CHANNELS)
+            B = _of_token(B_ptr, token, token < length, n, N)
+            state = _step(state, x, dt, B, log2_decay)[0]
+        states = ()
         for i in tl.static_range(STEP):
             exists = start + i < length
             x = _of_token(x_ptr, start + i, exists, channel, CHANNELS)
             dt = _of_token(dt_ptr, start + i, exists, channel, CHANNELS)
             B = _of_token(B_ptr, start + i, exists, n, N)
-            state, _ = _step(state, x, dt, B, log2_decay)
+            d_y = _of_token(d_y_ptr, start + i, exists, channel, CHANNELS)
             states = states + (state,)  # noqa: RUF005 - what Triton can compile
+            state = _step(state, x, dt, B, log2_decay)[0]
+            _to_token(d_C_ptr, tl.sum(state * d_y[:, None], 0), start + i, exists, n, N)
         for back in tl.static_range(STEP):
             token = start + STEP - 1 - back
             exists = token < length
@@ -322,7 +330,6 @@ def _selective_bwd_kernel(
             C = _of_token(C_ptr, token, exists, n, N)
             d_y = _of_token(d_y_ptr, token, exists, channel, CHANNELS)
             d_state += d_y[:, None] * C[None, :]
-            d_C = tl.sum(states[STEP - back] * d_y[:, None], 0)
             d_B = tl.sum(d_state * (dt * x)[:, None], 0)
             d_added = tl.sum(d_state * B[None, :], 1)  # of dt * x
             d_state *= tl.exp2(dt[:, None] * log2_decay)
@@ -332,7 +339,6 @@ def _selective_bwd_kernel(
             _to_token(d_x_ptr, dt * d_added, token, exists, channel, CHANNELS)
             _to_token(d_dt_ptr, d_dt, token, exists, channel, CHANNELS)
             _to_token(d_B_ptr, d_B, token, exists, n, N)
-            _to_token(d_C_ptr, d_C, token, exists, n, N)
     tl.store(d_A_ptr + block * (CHANNELS * N) + place, d_A, mask=inside)
 
 
@@ -343,12 +349,13 @@ def _selective_bwd_kernel(
 
 _T = 64
 _CHAIN = {"BLOCK": 128, "num_warps": 4}
+_EVERY = 8
 # (BLOCK_D, STEP, num_warps) of the kernels "forward", "backward", by the largest BLOCK_N
 _BLOCKS = {
-    8: ((64, 4, 1), (32, 8, 1)),
-    16: ((32, 4, 1), (16, 8, 1)),
-    32: ((32, 4, 2), (16, 8, 2)),
-    64: ((32, 4, 4), (16, 8, 4)),
+    8: ((64, 4, 1), (64, 4, 1)),
+    16: ((32, 4, 1), (32, 4, 1)),
+    32: ((32, 4, 2), (32, 4, 2)),
+    64: ((32, 4, 4), (32, 4, 4)),
 }
 
 
@@ -371,6 +378,7 @@ def settings(kernel: str, channels: int, state_size: int, architecture: str) -> 
         "BLOCK_N": block_n,
         "T": _T,
         "STEP": step,
+        "EVERY": _EVERY,
         "num_warps": num_warps,
         "enable_fp_fusion": True,
     }
@@ -440,14 +448,14 @@ def _backward(
     rows, seq_len, channels = x.shape
     chunks, state_size = starts.shape[1], A.shape[1]
     chosen = settings("backward", channels, state_size, architecture(x.device))
-    steps, parts = chunks * (_T // chosen["STEP"]), triton.cdiv(channels, chosen["BLOCK_D"])
+    places, parts = chunks * (_T // _EVERY), triton.cdiv(channels, chosen["BLOCK_D"])
     d_y = x.new_zeros(x.shape, dtype=torch.float32) if d_y is None else d_y.contiguous()
     d_x, d_dt, _, _, _, d_initial = _empty_gradients(x, dt, A, B, C)
-    marks = starts.new_empty(rows, steps, channels, state_size)
+    marks = starts.new_empty(rows, places, channels, state_size)
     d_added, d_ends, d_A = (torch.empty_like(starts) for _ in range(3))
     totals = starts.new_empty(starts.shape[:3])
     d_B, d_C = (starts.new_empty(rows, parts, seq_len, state_size) for _ in range(2))
-    sizes = {"seq_len": seq_len, "chunks": chunks, "steps": steps}
+    sizes = {"seq_len": seq_len, "chunks": chunks, "marks": places}
     grid = (parts * chunks * rows,)
     with on_device_of(x):
         if seq_len:
