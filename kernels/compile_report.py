@@ -23,7 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 
-FILES = ["attention", "selective_scan"]
+FILES = [
+    "attention",
+    "selective_scan",
+    "innovation",
+]  # the files of kernels, each with a function `launches(itemsize, architecture)`
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 

@@ -199,9 +199,10 @@ def _running_selection_kernel(
 
 
 # the sums of a channel are those of the definition, bit for bit: no fused multiply-add
-_ERROR = {"BLOCK_T": 16, "BLOCK_D": 128, "num_warps": 4, "enable_fp_fusion": False}
+_ERROR = {"BLOCK_T": 16, "num_warps": 4, "enable_fp_fusion": False}
+_BLOCK_D = {2: 128, 4: 64}  # by bytes per number
 # (BLOCK_C, num_warps) by the largest BLOCK_M
-_BLOCKS = {32: (32, 1), 64: (32, 2), 128: (32, 4), 256: (32, 8), 512: (16, 8), 1024: (16, 16), 4096: (8, 16)}
+_BLOCKS = {32: (32, 1), 64: (16, 2), 128: (32, 4), 256: (32, 8), 512: (16, 8), 1024: (8, 8), 2048: (4, 8)}
 
 
 @functools.cache
@@ -239,6 +240,7 @@ def _prediction_error(
             SIZE=size,
             KERNEL=weights.shape[0],
             LEARNED=weights.dim() == 2,
+            BLOCK_D=_BLOCK_D[y.element_size()],
             **_ERROR,
         )
     return errors
@@ -313,9 +315,11 @@ def launches(itemsize: int, architecture: str):
     """What `compile_report.py` compiles: errors with fixed and learned weights, memories of all settings, and the three walks."""
     types = {"position_ptr": "*i64", "weight_ptr": "*fp32", "error_ptr": "*fp32"}
     for learned in (False, True):
-        chosen = {"SIZE": 1024, "KERNEL": 8, "LEARNED": learned} | _ERROR
+        chosen = {"SIZE": 1024, "KERNEL": 8, "LEARNED": learned, "BLOCK_D": _BLOCK_D[itemsize]} | _ERROR
         name = f"{_prediction_error_kernel.__name__} {'learned' if learned else 'fixed'}"
         yield Launch(name, _prediction_error_kernel, types, chosen)
+    if itemsize != 4:  # scores are in float32 always
+        return
     types = dict.fromkeys(("score_ptr", "kept_score_ptr", "out_score_ptr"), "*fp32")
     types |= dict.fromkeys(("number_ptr", "kept_ptr", "out_ptr"), "*i64")
     walks = {
@@ -323,7 +327,7 @@ def launches(itemsize: int, architecture: str):
         "merge": (True, {}),
         "all": (True, {"number_ptr": None, "out_score_ptr": None}),
     }
-    for size in (16, 64, 100, 128, 256, 512, 1024, 4096):
+    for size in (16, 64, 100, 128, 256, 512, 1024, 2048):
         for walk, (every, absent) in walks.items():
             name = f"{_running_selection_kernel.__name__} {size} {walk}"
             yield Launch(name, _running_selection_kernel, types | absent, {"EVERY": every} | settings(size))

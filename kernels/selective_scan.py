@@ -350,13 +350,14 @@ def _selective_bwd_kernel(
 _T = 64
 _CHAIN = {"BLOCK": 128, "num_warps": 4}
 _EVERY = 8
-# (BLOCK_D, STEP, num_warps) of the kernels "forward", "backward", by the largest BLOCK_N
+# (BLOCK_D, STEP, num_warps) of the kernels "forward", "states", "backward", by the largest BLOCK_N
 _BLOCKS = {
-    8: ((64, 4, 1), (64, 4, 1)),
-    16: ((32, 4, 1), (32, 4, 1)),
-    32: ((32, 4, 2), (32, 4, 2)),
-    64: ((32, 4, 4), (32, 4, 4)),
+    8: ((64, 4, 1), (64, 2, 1), (64, 4, 1)),
+    16: ((32, 4, 1), (32, 2, 1), (32, 4, 1)),
+    32: ((32, 4, 2), (32, 2, 2), (32, 4, 2)),
+    64: ((32, 4, 4), (32, 2, 4), (32, 4, 4)),
 }
+_KERNELS = ("forward", "states", "backward")
 
 
 @functools.cache
@@ -370,7 +371,7 @@ def settings(kernel: str, channels: int, state_size: int, architecture: str) -> 
         raise ValueError(
             f"state_size is {state_size}; the kernel of Mamba's scan has room for 64. BMOJO_KERNELS=torch does without."
         )
-    block_d, step, num_warps = _BLOCKS[max(8, block_n)][kernel == "backward"]
+    block_d, step, num_warps = _BLOCKS[max(8, block_n)][_KERNELS.index(kernel)]
     return {
         "CHANNELS": channels,
         "N": state_size,
@@ -447,7 +448,9 @@ def _backward(
     x, dt, A, B, C = (tensor.contiguous() for tensor in (x, dt, A, B, C))
     rows, seq_len, channels = x.shape
     chunks, state_size = starts.shape[1], A.shape[1]
-    chosen = settings("backward", channels, state_size, architecture(x.device))
+    chosen, for_states = (
+        settings(kind, channels, state_size, architecture(x.device)) for kind in ("backward", "states")
+    )
     places, parts = chunks * (_T // _EVERY), triton.cdiv(channels, chosen["BLOCK_D"])
     d_y = x.new_zeros(x.shape, dtype=torch.float32) if d_y is None else d_y.contiguous()
     d_x, d_dt, _, _, _, d_initial = _empty_gradients(x, dt, A, B, C)
@@ -456,10 +459,12 @@ def _backward(
     totals = starts.new_empty(starts.shape[:3])
     d_B, d_C = (starts.new_empty(rows, parts, seq_len, state_size) for _ in range(2))
     sizes = {"seq_len": seq_len, "chunks": chunks, "marks": places}
-    grid = (parts * chunks * rows,)
+    grid, grid_of_states = ((triton.cdiv(channels, kind["BLOCK_D"]) * chunks * rows,) for kind in (chosen, for_states))
     with on_device_of(x):
         if seq_len:
-            _selective_bwd_local_kernel[grid](x, dt, A, B, C, starts, d_y, marks, d_added, totals, **sizes, **chosen)
+            _selective_bwd_local_kernel[grid_of_states](
+                x, dt, A, B, C, starts, d_y, marks, d_added, totals, **sizes, **for_states
+            )
         edge = None if d_last is None else d_last.contiguous()
         _chain(d_added, totals, A, edge, d_ends, d_initial, reverse=True)
         if seq_len:
@@ -511,7 +516,7 @@ def launches(itemsize: int, architecture: str):
         for kind, kernel in (
             ("forward", _selective_local_kernel),
             ("forward", _selective_fwd_kernel),
-            ("backward", _selective_bwd_local_kernel),
+            ("states", _selective_bwd_local_kernel),
             ("backward", _selective_bwd_kernel),
         ):
             chosen = settings(kind, 1536, state_size, architecture)
