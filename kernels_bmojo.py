@@ -52,7 +52,7 @@ logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANS
 _NO_TRITON = "triton is not installed (`pip install triton`)"
 MODES = ("auto", "torch", "triton", "definition")
 # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
-UNPROVEN = {"attention", "innovation", "selective_scan"}
+UNPROVEN = {"attention", "innovation", "selective"}
 _HERE = Path(__file__).resolve().parent
 _loaded: dict[str, Callable] = {}  # the kernels in use, by name
 _told: set[str] = set()  # devices for which it was said why no kernel runs
@@ -220,7 +220,7 @@ def _has_triton() -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 ssd_scan = dispatch(ssd_scan, blocked_ssd_scan)
-selective_scan = dispatch(selective_scan, blocked_selective_scan, kernel="selective_scan")
+selective_scan = dispatch(selective_scan, blocked_selective_scan, kernel="selective")
 delta_scan = dispatch(delta_scan, chunked=chunked_delta_scan)
 kalman_scan = dispatch(kalman_scan, chunked=chunked_kalman_scan)
 causal_conv = dispatch(causal_conv, blocked_causal_conv)

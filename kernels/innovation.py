@@ -202,7 +202,7 @@ def _running_selection_kernel(
 _ERROR = {"BLOCK_T": 16, "num_warps": 4, "enable_fp_fusion": False}
 _BLOCK_D = {2: 128, 4: 64}  # by bytes per number
 # (BLOCK_C, num_warps) by the largest BLOCK_M
-_BLOCKS = {32: (32, 1), 64: (16, 2), 128: (32, 4), 256: (32, 8), 512: (16, 8), 1024: (8, 8), 2048: (4, 8)}
+_BLOCKS = {32: (32, 1), 64: (16, 2), 128: (32, 4), 256: (32, 8), 512: (16, 8), 1024: (8, 8)}
 
 
 @functools.cache
@@ -327,7 +327,7 @@ def launches(itemsize: int, architecture: str):
         "merge": (True, {}),
         "all": (True, {"number_ptr": None, "out_score_ptr": None}),
     }
-    for size in (16, 64, 100, 128, 256, 512, 1024, 2048):
+    for size in (16, 64, 100, 128, 256, 512, 1024):
         for walk, (every, absent) in walks.items():
             name = f"{_running_selection_kernel.__name__} {size} {walk}"
             yield Launch(name, _running_selection_kernel, types | absent, {"EVERY": every} | settings(size))

@@ -3,12 +3,13 @@
 import importlib.util
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bmojo import kernels_bmojo, ops_bmojo
+from bmojo import delta_ops_bmojo, kernels_bmojo, ops_bmojo
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -18,7 +19,17 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"
 
 @pytest.fixture(scope="module")
 def kernel():
-    return kernels_bmojo.load("selective_scan", "selective_scan")
+    return kernels_bmojo.load("selective_scan", "selective")
+
+
+@pytest.fixture
+def blocks_of_16(kernel, monkeypatch):
+    """Blocks of fewer tokens than the usual 64: many of them in a short sequence."""
+    module = sys.modules[kernel.__module__]
+    monkeypatch.setattr(module, "_T", 16)
+    module.settings.cache_clear()
+    yield
+    module.settings.cache_clear()
 
 
 @contextmanager
@@ -87,17 +98,20 @@ CASES = {
     "one_channel": {"channels": 1, "rows": 1},
     "one_state": {"state_size": 1, "rows": 1},
     "from_zeros": {"initial": False},
-    "a_block": {"seq_len": 64, "rows": 1},
-    "more_than_a_block": {"seq_len": 65, "rows": 1},
-    "three_blocks": {"seq_len": 133, "rows": 1, "state_size": 2},
     "many_channels": {"channels": 67, "seq_len": 3, "state_size": 12},
     "state_16": {"channels": 33, "seq_len": 9, "state_size": 16, "rows": 1},
     "state_24": {"channels": 34, "seq_len": 5, "state_size": 24, "rows": 1},
     "state_64": {"channels": 3, "seq_len": 10, "state_size": 64, "rows": 1},
     "state_50": {"channels": 33, "seq_len": 2, "state_size": 50, "initial": False},
-    "jumps": {"steps": "jumps", "seq_len": 70, "rows": 1},
-    "ragged": {"steps": "ragged", "seq_len": 67},
     "still": {"steps": "still"},
+}
+IN_BLOCKS = {
+    "a_block": {"seq_len": 16},
+    "more_than_a_block": {"seq_len": 17},
+    "three_blocks": {"seq_len": 37, "rows": 1, "channels": 70},
+    "jumps": {"steps": "jumps", "seq_len": 35},
+    "ragged": {"steps": "ragged", "seq_len": 35},
+    "still_for_blocks": {"steps": "still", "seq_len": 33, "rows": 1},
 }
 
 
@@ -106,9 +120,18 @@ def test_values_and_gradients(kernel, case):
     assert max(errors(kernel, inputs(**CASES[case])).values()) < 2e-6
 
 
+@pytest.mark.parametrize("case", IN_BLOCKS)
+def test_blocks_are_chained(kernel, blocks_of_16, case):
+    assert max(errors(kernel, inputs(**IN_BLOCKS[case])).values()) < 2e-6
+
+
+def test_blocks_as_they_are(kernel):
+    assert max(errors(kernel, inputs(seq_len=67, rows=1)).values()) < 2e-6
+
+
 @pytest.mark.parametrize("uses", [["y"], ["last"]])
-def test_only_one_output_is_used(kernel, uses):
-    tensors = inputs(seq_len=66, rows=1)
+def test_only_one_output_is_used(kernel, blocks_of_16, uses):
+    tensors = inputs(seq_len=18, rows=1)
     found = differentiate(kernel, tensors, torch.float32, uses=uses)
     want = differentiate(ops_bmojo.selective_scan, tensors, uses=uses)
     if uses == ["last"]:  # which C has no part in; the definition then has no gradient for it or one of 0
@@ -167,12 +190,12 @@ def test_any_layout(kernel):
     assert max(errors(kernel, expanded).values()) < 2e-6
 
 
-def test_in_pieces(kernel):
+def test_in_pieces(kernel, blocks_of_16):
     """The state at the end of one piece begins the next."""
-    tensors = {name: x.float() for name, x in inputs(seq_len=75, rows=1).items()}
+    tensors = {name: x.float() for name, x in inputs(seq_len=40, rows=1).items()}
     y, last = kernel(*tensors.values())
     state, parts = tensors["initial_state"], []
-    for cut in (slice(0, 31), slice(31, 32), slice(32, 75)):
+    for cut in (slice(0, 21), slice(21, 22), slice(22, 40)):
         piece = [x[:, cut] if name in ("x", "dt", "B", "C") else x for name, x in tensors.items()]
         out, state = kernel(*piece[:-1], state)
         parts.append(out)
@@ -205,6 +228,13 @@ def test_a_second_derivative_is_refused(kernel):
     [first] = torch.autograd.grad(kernel(*leaves)[0].square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         first.square().sum().backward()
+
+
+def test_no_file_hides_an_op():
+    """Python binds a file of `kernels/` to its name in `kernels_bmojo` once it is imported."""
+    files = {path.stem for path in (Path(kernels_bmojo.__file__).parent / "kernels").glob("*.py")}
+    assert "selective" in files
+    assert not files & (vars(ops_bmojo).keys() | vars(delta_ops_bmojo).keys())
 
 
 # ---------------------------------------------------------------------------- the whole model
