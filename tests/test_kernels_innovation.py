@@ -229,7 +229,6 @@ MODELS = {
     "average": {},
     "exponential": {"innovation_predictor": "exponential", "eidetic_chunk_size": 1},
     "learnable": {"innovation_predictor": "learnable", "eidetic_size": 7},
-    "random": {"innovation_predictor": "random"},
     "oldest": {"innovation_predictor": "oldest"},  # all scores are equal
 }
 IDS = torch.randint(3, 97, (2, 26), generator=torch.Generator().manual_seed(0))
