@@ -18,11 +18,11 @@ from .call_bmojo import (
     write_ring,
 )
 from .configuration_bmojo import LEARNED_CHOICES
-from .kernels_bmojo import memory_attention, prediction_error, rotate
+from .kernels_bmojo import memory_attention, prediction_error, rotate, running_selection
 from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoRMSNorm
 from .numerics_bmojo import at_least_float32, no_autocast, widen
-from .ops_bmojo import hash_scores, predict, running_selection, select
+from .ops_bmojo import hash_scores, predict, select
 from .ssm_bmojo import SSM_CLASSES, BMojoConv1d
 
 

@@ -42,6 +42,7 @@ from .ops_bmojo import (
     project_token,
     rms_norm,
     rotate,
+    running_selection,
     selective_scan,
     silu_gate,
     ssd_scan,
@@ -52,7 +53,8 @@ logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANS
 
 _NO_TRITON = "triton is not installed (`pip install triton`)"
 MODES = ("auto", "torch", "triton", "definition")
-UNPROVEN = {"attention", "ssd"}  # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
+# files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
+UNPROVEN = {"attention", "innovation", "selective", "ssd"}
 _HERE = Path(__file__).resolve().parent
 _loaded: dict[str, Callable] = {}  # the kernels in use, by name
 _told: set[str] = set()  # devices for which it was said why no kernel runs
@@ -114,11 +116,16 @@ def copy_kernels(config, save_directory: str | os.PathLike) -> None:
 
 
 def dispatch(
-    definition: Callable, cpu: Callable | None = None, chunked: Callable | None = None, kernel: str | None = None
+    definition: Callable,
+    cpu: Callable | None = None,
+    chunked: Callable | None = None,
+    kernel: str | None = None,
+    backward: bool = True,
 ) -> Callable:
     """Run the Triton kernel of this name where one fits the device, else the form for a CPU where that fits, else the definition.
 
-    `kernel` is the file of `kernels/` that holds it; None for an op that torch's own operations are good enough for.
+    `kernel` is the file of `kernels/` that holds it; None for an op that torch's own operations are good enough for. One
+    without `backward` pass runs where no gradient is asked for.
     Where there is a `chunked` form of the definition, a loop over tokens, it stands for it but under BMOJO_KERNELS=definition.
     """
     name = definition.__name__
@@ -132,7 +139,12 @@ def dispatch(
             return cpu(x, *args, **kwargs)  # the usual case, at the least cost once it has been said
         if mode not in MODES:
             raise ValueError(f"BMOJO_KERNELS is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")
-        if kernel is not None and not _is_transformed() and _use_kernel(name, kernel, x.device.type, x.dtype):
+        runs = (
+            kernel is not None
+            and (backward or not _asks_for_gradient(x, *args, *kwargs.values()))
+            and not _is_transformed()
+        )
+        if runs and _use_kernel(name, kernel, x.device.type, x.dtype):
             return _loaded[name](x, *args, **kwargs)
         if cpu is not None and mode != "definition" and x.device.type == "cpu" and _is_plain(x):
             return cpu(x, *args, **kwargs)
@@ -157,6 +169,10 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def _asks_for_gradient(*args) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes the answer as it is: no import, no log line in a graph
@@ -206,11 +222,12 @@ def _has_triton() -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 ssd_scan = dispatch(ssd_scan, blocked_ssd_scan, kernel="ssd")
-selective_scan = dispatch(selective_scan, blocked_selective_scan)
+selective_scan = dispatch(selective_scan, blocked_selective_scan, kernel="selective")
 delta_scan = dispatch(delta_scan, chunked=chunked_delta_scan)
 kalman_scan = dispatch(kalman_scan, chunked=chunked_kalman_scan)
 causal_conv = dispatch(causal_conv, blocked_causal_conv)
-prediction_error = dispatch(prediction_error, blocked_prediction_error)
+prediction_error = dispatch(prediction_error, blocked_prediction_error, kernel="innovation", backward=False)
+running_selection = dispatch(running_selection, running_selection, kernel="innovation", backward=False)  # on a CPU at once
 memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="attention")
 rms_norm = dispatch(rms_norm, blocked_rms_norm)
 silu_gate = dispatch(silu_gate, blocked_silu_gate)

@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 
-FILES = ["attention", "ssd"]  # the files of kernels, each with a function `launches(itemsize, architecture)`
+# the files of kernels, each with a function `launches(itemsize, architecture)`
+FILES = ["attention", "ssd", "selective", "innovation"]
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
