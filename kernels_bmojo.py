@@ -41,8 +41,10 @@ from .ops_bmojo import (
     rms_norm,
     rotate,
     selective_scan,
+    selective_step,
     silu_gate,
     ssd_scan,
+    ssd_step,
 )
 
 
@@ -50,8 +52,9 @@ logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANS
 
 _NO_TRITON = "triton is not installed (`pip install triton`)"
 MODES = ("auto", "torch", "triton", "definition")
-UNPROVEN = {"attention"}  # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
+UNPROVEN = {"attention", "step"}  # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
 _HERE = Path(__file__).resolve().parent
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _loaded: dict[str, Callable] = {}  # the kernels in use, by name
 _told: set[str] = set()  # devices for which it was said why no kernel runs
 __path__ = [str(_HERE / "kernels")] if (_HERE / "kernels").is_dir() else []  # next to this file: a checkout
@@ -140,6 +143,23 @@ def dispatch(
     return op
 
 
+def dispatch_step(definition: Callable, kernel: str) -> Callable:
+    """`dispatch` for one token without gradients, which on a CPU takes less than asking how it should be computed.
+
+    Off a GPU, and where a graph is recorded, the definition runs unasked.
+    """
+    chosen = dispatch(definition, kernel=kernel)
+
+    @functools.wraps(definition)
+    def op(x, /, *args, **kwargs):
+        if not (x.is_cuda or _INTERPRETED) or torch.is_grad_enabled():
+            return definition(x, *args, **kwargs)
+        return chosen(x, *args, **kwargs)
+
+    op.definition = definition
+    return op
+
+
 def _is_plain(x) -> bool:
     """Whether nothing looks through x: no compiler, no functional transform, no subclass of tensors."""
     return (
@@ -213,3 +233,5 @@ memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="
 rms_norm = dispatch(rms_norm, blocked_rms_norm)
 silu_gate = dispatch(silu_gate, blocked_silu_gate)
 rotate = dispatch(rotate, blocked_rotate)
+ssd_step = dispatch_step(ssd_step, kernel="step")
+selective_step = dispatch_step(selective_step, kernel="step")

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 
-FILES = ["attention"]  # the files of kernels, each with a function `launches(itemsize, architecture)`
+FILES = ["attention", "step"]  # the files of kernels, each with a function `launches(itemsize, architecture)`
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
