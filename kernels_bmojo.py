@@ -35,6 +35,7 @@ from .cpu_bmojo import (
 )
 from .delta_ops_bmojo import chunked_delta_scan, chunked_kalman_scan, delta_scan, kalman_scan
 from .ops_bmojo import (
+    cache_attention,
     causal_conv,
     memory_attention,
     prediction_error,
@@ -45,6 +46,7 @@ from .ops_bmojo import (
     silu_gate,
     ssd_scan,
     ssd_step,
+    update_memory,
 )
 
 
@@ -235,3 +237,5 @@ silu_gate = dispatch(silu_gate, blocked_silu_gate)
 rotate = dispatch(rotate, blocked_rotate)
 ssd_step = dispatch_step(ssd_step, kernel="step")
 selective_step = dispatch_step(selective_step, kernel="step")
+cache_attention = dispatch_step(cache_attention, kernel="step")
+update_memory = dispatch_step(update_memory, kernel="step")

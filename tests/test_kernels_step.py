@@ -162,6 +162,249 @@ def test_steps_as_operators_of_torch():
         torch.compiler.reset()
 
 
+# ---------------------------------------------------------------------------- attention to the cache
+
+
+def cache_inputs(
+    rows=2,
+    kv_heads=2,
+    group=3,
+    head_dim=20,
+    spans=(9, 14, 5),
+    own=("memory",),
+    ranked=False,
+    one_mask=False,
+    seen=0.5,
+    dtype=torch.float32,
+):
+    """Arguments of `cache_attention` and its options; spans: slots of window, fading tokens and memory. NaN where none is seen."""
+    generator = torch.Generator().manual_seed(0)
+    window, fading, memory = spans
+    slots, heads = sum(spans), kv_heads * group
+
+    def normal(*size):
+        return torch.randn(size, generator=generator).to(DEVICE, dtype)
+
+    joint = normal(rows, 1, 3 * heads, head_dim) * head_dim**-0.5  # queries are parts of one tensor
+    query, eidetic_query, fading_query = joint.split(heads, 2)
+    key, value = normal(rows, kv_heads, slots, head_dim), normal(rows, kv_heads, slots, head_dim)
+    visible = torch.rand(1 if one_mask else rows, slots, generator=generator) < seen
+    visible[:, window // 2] = True
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[:, None].to(DEVICE)
+    hidden = ~visible.to(DEVICE).expand(rows, -1)[:, None, :, None].expand_as(key)
+    eidetic_key = normal(rows, memory, kv_heads, head_dim) if ranked else None
+    tensors = [
+        query,
+        key.masked_fill(hidden, torch.nan),
+        value.masked_fill(hidden, torch.nan),
+        mask if one_mask else mask.repeat_interleave(kv_heads, 0),
+        eidetic_query if "memory" in own else None,
+        fading_query if "fading" in own else None,
+        eidetic_key,
+    ]
+    return tensors, {"fading": window, "memory": window + fading}
+
+
+CACHES = {
+    "memory": {},
+    "all_own": {"own": ("fading", "memory")},
+    "own_fading_without_memory": {"own": ("fading",), "spans": (9, 14, 0)},
+    "window_alone": {"own": (), "spans": (13, 0, 0)},
+    "window_and_fading": {"own": (), "spans": (7, 14, 0)},
+    "no_fading": {"spans": (11, 0, 3)},
+    "ranked": {"ranked": True, "own": ("fading", "memory")},
+    "ranked_one_row": {"ranked": True, "rows": 1},
+    "one_mask": {"one_mask": True},
+    "one_row": {"rows": 1, "one_mask": True},
+    "one_head": {"kv_heads": 1, "group": 1},
+    "one_key_for_all": {"kv_heads": 1, "group": 17},
+    "one_slot": {"own": (), "spans": (1, 0, 0)},
+    "one_seen": {"seen": 0.0},
+    "all_seen": {"seen": 1.0},
+    "many_blocks": {"spans": (301, 290, 77), "rows": 1, "own": ("fading", "memory")},
+    "head_of_64": {"head_dim": 64, "rows": 1},
+    "head_of_6": {"head_dim": 6},
+    "head_of_192": {"head_dim": 192, "rows": 1},
+}
+
+
+def cache_reference(tensors, options):
+    """In float64; slots that are not seen hold zeros there, which -inf does not let through."""
+    tensors = [x if x is None else x.nan_to_num(nan=0.0, neginf=-torch.inf) for x in tensors]
+    return ops_bmojo.cache_attention(*widened(tensors), **options)
+
+
+@pytest.mark.parametrize("programs", [1, 1000], ids=["whole", "split"])
+@pytest.mark.parametrize("case", CACHES)
+def test_attention_to_the_cache(monkeypatch, case, programs):
+    kernel = load("cache_attention")
+    monkeypatch.setattr(sys.modules[kernel.__module__], "_PROGRAMS", programs)
+    tensors, options = cache_inputs(**CACHES[case])
+    with poisoned():
+        found = kernel(*tensors, **options)
+    assert rel_error(found, cache_reference(tensors, options)) < 2e-6
+
+
+@pytest.mark.parametrize("programs", [1, 1000], ids=["whole", "split"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_is_as_exact_as_torch(monkeypatch, dtype, programs):
+    kernel = load("cache_attention")
+    monkeypatch.setattr(sys.modules[kernel.__module__], "_PROGRAMS", programs)
+    tensors, options = cache_inputs(head_dim=40, spans=(130, 140, 70), own=("fading", "memory"), dtype=dtype)
+    want = cache_reference(tensors, options)
+    clean = [x if x is None else x.nan_to_num(nan=0.0, neginf=-torch.inf) for x in tensors]
+    plain, fast = ops_bmojo.cache_attention(*clean, **options), kernel(*tensors, **options)
+    assert fast.dtype is dtype
+    factor = (
+        3 if dtype is torch.bfloat16 and DEVICE == "cpu" else 2
+    )  # the interpreter cuts bits off instead of rounding
+    assert rel_error(fast, want) <= factor * rel_error(plain, want)
+
+
+def test_attention_with_a_cache_of_another_dtype():
+    tensors, options = cache_inputs()
+    tensors[1:3] = [x.half() for x in tensors[1:3]]
+    assert rel_error(load("cache_attention")(*tensors, **options), cache_reference(tensors, options)) < 2e-6
+
+
+def test_attention_with_heads_beyond_all_room_is_refused():
+    tensors, options = cache_inputs(head_dim=260, rows=1)
+    with pytest.raises(ValueError, match=r"head_dim is 260.*BMOJO_KERNELS=torch"):
+        load("cache_attention")(*tensors, **options)
+
+
+# ---------------------------------------------------------------------------- the memory after a chunk
+
+
+def memory_inputs(
+    rows=4,
+    kv_heads=2,
+    head_dim=6,
+    window=5,
+    chunk=3,
+    size=4,
+    past=None,
+    boundary=None,
+    held=None,
+    width=None,
+    fading=7,
+    equal=False,
+):
+    """Arguments of `update_memory`. held: of every row how many places are taken; width: entries of a head that turn."""
+    generator = torch.Generator().manual_seed(0)
+    ring, slots, width = window + chunk, window + chunk + fading + size, width or head_dim
+    past = torch.tensor([0, 6, 9, 30] if past is None else past)[:rows]
+    boundary = torch.tensor([True, True, False, True] if boundary is None else boundary)[:rows, None]
+    held = torch.tensor([0, 2, 4, 4] if held is None else held)[:rows, None]
+    empty = torch.arange(size) < size - held
+    key, value = torch.randn(2, rows, kv_heads, slots, head_dim, generator=generator)
+
+    def scores(count):
+        found = torch.rand(rows, count, generator=generator)
+        return (found * 2).round() if equal else found
+
+    positions = torch.arange(size).expand(rows, size)
+    angles = torch.rand(rows, chunk, width // 2, generator=generator)
+    cos = torch.cat([angles.cos(), angles.cos(), 1.5 * torch.ones(rows, chunk, head_dim - width)], -1)
+    tensors = [
+        key,
+        value,
+        scores(ring),
+        scores(size).masked_fill(empty, -torch.inf),
+        positions.masked_fill(empty, -1),
+        past,
+        boundary,
+        cos,
+        torch.cat([-angles.sin(), angles.sin()], -1),
+    ]
+    return [x.to(DEVICE) for x in tensors]
+
+
+MEMORIES = {
+    "few_and_many_tokens": {},
+    "equal_scores": {"equal": True},
+    "all_at_a_boundary": {"boundary": [True] * 4, "past": [30, 41, 52, 63], "held": [4] * 4},
+    "none_at_a_boundary": {"boundary": [False] * 4},
+    "empty": {"held": [0] * 4, "past": [0, 3, 6, 9], "boundary": [True] * 4},
+    "memory_above_chunk": {"size": 70, "held": [0, 30, 70, 69], "boundary": [True] * 4, "rows": 2},
+    "chunk_above_memory": {"size": 2, "chunk": 67, "window": 9, "held": [0, 1, 2, 2], "past": [5, 70, 134, 500]},
+    "one_place": {"size": 1, "held": [0, 1, 1, 1]},
+    "chunk_of_1": {"chunk": 1},
+    "no_fading": {"fading": 0},
+    "partly_turned": {"width": 4},
+    "many_blocks": {
+        "rows": 1,
+        "kv_heads": 1,
+        "size": 150,
+        "chunk": 40,
+        "window": 30,
+        "head_dim": 70,
+        "past": [300],
+        "boundary": [True],
+        "held": [150],
+    },
+    "far_on": {"past": [2**40, 2**40 + 3, 2**33, 2**31 - 1], "boundary": [True] * 4, "held": [4] * 4},
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("case", MEMORIES)
+def test_the_memory_after_a_chunk(case, in_place):
+    tensors = memory_inputs(**MEMORIES[case])
+    before = [x.clone() for x in tensors]
+    want = ops_bmojo.update_memory(*widened(tensors))
+    with poisoned():
+        key, value, innovation, positions = load("update_memory")(*tensors, in_place=in_place)
+    assert torch.equal(positions, want[3])
+    assert torch.equal(innovation.double(), want[2])
+    assert torch.equal(value.double(), want[1])
+    assert rel_error(key, want[0]) < 1e-6
+    assert (key is tensors[0], value is tensors[1]) == (in_place, in_place)
+    assert all(map(torch.equal, tensors[2 * in_place :], before[2 * in_place :]))
+    still = ~tensors[6][:, 0]
+    assert torch.equal(key[still], before[0][still]), "rows in the middle of a chunk keep their bits"
+    stays = key.shape[2] - positions.shape[1]
+    assert torch.equal(key[:, :, :stays], before[0][:, :, :stays])
+
+
+def test_the_definition_overwrites_in_place_alone():
+    tensors = memory_inputs()
+    before = [x.clone() for x in tensors]
+    want = ops_bmojo.update_memory(*tensors)
+    assert all(map(torch.equal, tensors, before))
+    found = ops_bmojo.update_memory(*tensors, in_place=True)
+    assert found[0] is tensors[0]
+    assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_keys_of_the_memory_are_rounded_once(dtype):
+    tensors = memory_inputs(head_dim=16)
+    tensors[:2] = [x.to(dtype) for x in tensors[:2]]
+    want, plain = ops_bmojo.update_memory(*widened(tensors)), ops_bmojo.update_memory(*tensors)
+    found = load("update_memory")(*tensors)
+    assert (found[0].dtype, found[2].dtype) == (dtype, torch.float32)
+    assert torch.equal(found[1], plain[1])
+    factor = 3 if dtype is torch.bfloat16 and DEVICE == "cpu" else 1.1  # the interpreter cuts bits off
+    assert rel_error(found[0], want[0]) <= factor * rel_error(plain[0], want[0])
+
+
+def test_a_cache_of_another_layout():
+    tensors = memory_inputs()
+    want = ops_bmojo.update_memory(*widened(tensors))
+    tensors[:2] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:2]]
+    found = load("update_memory")(*tensors, in_place=True)
+    assert rel_error(tensors[0], want[0]) < 1e-6
+    assert rel_error(found[1], want[1]) < 1e-6
+
+
+def test_cache_and_memory_as_operators_of_torch():
+    module = sys.modules[load("cache_attention").__module__]
+    tensors, options = cache_inputs(seen=1.0, own=("fading", "memory"), rows=1)
+    torch.library.opcheck(module._cache_attention, (*tensors, *options.values()))
+    torch.library.opcheck(module._update_memory_, memory_inputs(rows=2))
+
+
 # ---------------------------------------------------------------------------- the choice, and the whole model
 
 
