@@ -36,6 +36,7 @@ from .cpu_bmojo import (
 )
 from .delta_ops_bmojo import chunked_delta_scan, chunked_kalman_scan, delta_scan, kalman_scan
 from .ops_bmojo import (
+    cache_attention,
     causal_conv,
     memory_attention,
     prediction_error,
@@ -44,8 +45,11 @@ from .ops_bmojo import (
     rotate,
     running_selection,
     selective_scan,
+    selective_step,
     silu_gate,
     ssd_scan,
+    ssd_step,
+    update_memory,
 )
 
 
@@ -54,8 +58,9 @@ logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANS
 _NO_TRITON = "triton is not installed (`pip install triton`)"
 MODES = ("auto", "torch", "triton", "definition")
 # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
-UNPROVEN = {"attention", "innovation", "selective", "ssd"}
+UNPROVEN = {"attention", "innovation", "selective", "ssd", "step"}
 _HERE = Path(__file__).resolve().parent
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _loaded: dict[str, Callable] = {}  # the kernels in use, by name
 _told: set[str] = set()  # devices for which it was said why no kernel runs
 __path__ = [str(_HERE / "kernels")] if (_HERE / "kernels").is_dir() else []  # next to this file: a checkout
@@ -154,6 +159,23 @@ def dispatch(
     return op
 
 
+def dispatch_step(definition: Callable, kernel: str) -> Callable:
+    """`dispatch` for one token without gradients, which on a CPU takes less than asking how it should be computed.
+
+    Off a GPU, and where a graph is recorded, the definition runs unasked.
+    """
+    chosen = dispatch(definition, kernel=kernel)
+
+    @functools.wraps(definition)
+    def op(x, /, *args, **kwargs):
+        if not (x.is_cuda or _INTERPRETED) or torch.is_grad_enabled():
+            return definition(x, *args, **kwargs)
+        return chosen(x, *args, **kwargs)
+
+    op.definition = definition
+    return op
+
+
 def _is_plain(x) -> bool:
     """Whether nothing looks through x: no compiler, no functional transform, no subclass of tensors."""
     return (
@@ -227,9 +249,15 @@ delta_scan = dispatch(delta_scan, chunked=chunked_delta_scan)
 kalman_scan = dispatch(kalman_scan, chunked=chunked_kalman_scan)
 causal_conv = dispatch(causal_conv, blocked_causal_conv)
 prediction_error = dispatch(prediction_error, blocked_prediction_error, kernel="innovation", backward=False)
-running_selection = dispatch(running_selection, running_selection, kernel="innovation", backward=False)  # on a CPU at once
+running_selection = dispatch(
+    running_selection, running_selection, kernel="innovation", backward=False
+)  # on a CPU at once
 memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="attention")
 rms_norm = dispatch(rms_norm, blocked_rms_norm)
 silu_gate = dispatch(silu_gate, blocked_silu_gate)
 rotate = dispatch(rotate, blocked_rotate)
 project_token = dispatch(project_token, blocked_project_token)
+ssd_step = dispatch_step(ssd_step, kernel="step")
+selective_step = dispatch_step(selective_step, kernel="step")
+cache_attention = dispatch_step(cache_attention, kernel="step")
+update_memory = dispatch_step(update_memory, kernel="step")

@@ -454,3 +454,105 @@ def span_attention(spans, scale: float):
     for weight, (_, _, value, _) in zip(weights.split(sizes, -1), spans, strict=True):
         mixed = mixed + weight @ value.movedim(-3, -2)
     return mixed.unflatten(-2, (-1, seq_len)).movedim(-2, -4).flatten(-3, -2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One token and the cache
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cache_attention(
+    query,
+    key,
+    value,
+    mask,
+    eidetic_query=None,
+    fading_query=None,
+    eidetic_key=None,
+    *,
+    fading: int | None = None,
+    memory: int | None = None,
+):
+    """`memory_attention` for one token of each row, over the slots of the cache as they lie.
+
+    Args:
+        query: (rows, 1, num_heads, head_dim), rotated, times the scale of the scores.
+        key, value: (rows, num_key_value_heads, slots, head_dim): of window, fading tokens and memory, in this order.
+        mask: 0 for a slot that is seen, -inf for one that is not, (rows * num_key_value_heads or 1, 1, slots) in float32 or
+            wider. Every token sees one.
+        eidetic_query: as query, for the slots from `memory` on; None: they are none of their own.
+        fading_query: as query, for the slots from `fading` to the memory; None: the query itself.
+        eidetic_key: keys of the memory in place of those in the cache, (rows, eidetic_size, num_key_value_heads, head_dim).
+        fading, memory: the first slot of either; needed with a query of its own.
+
+    Returns:
+        As query, in its dtype. The softmax runs in that of the mask.
+    """
+    rows, _, heads, head_dim = query.shape
+    if key.dtype is not query.dtype:
+        key, value = key.to(query.dtype), value.to(query.dtype)
+    key, value, shape = key.flatten(0, 1), value.flatten(0, 1), (-1, heads // key.shape[1], head_dim)
+    if eidetic_query is None and fading_query is None:
+        scores = torch.bmm(query.reshape(shape), key.transpose(1, 2))
+    else:  # a product of few queries with many keys for each: cheaper than one of all queries
+        parts, near = [], key
+        if eidetic_query is not None:
+            near, last = key[:, :memory], key[:, memory:]
+            if eidetic_key is not None:
+                last = eidetic_key.transpose(1, 2).flatten(0, 1)
+            parts = [torch.bmm(eidetic_query.reshape(shape), last.transpose(1, 2))]
+        if fading_query is not None:
+            near, far = near[:, :fading], near[:, fading:]
+            parts.insert(0, torch.bmm(fading_query.reshape(shape), far.transpose(1, 2)))
+        scores = torch.cat([torch.bmm(query.reshape(shape), near.transpose(1, 2)), *parts], -1)
+    weights = (scores + mask).softmax(-1)
+    weights = weights if weights.dtype is value.dtype else weights.to(value.dtype)
+    return torch.bmm(weights, value).view(rows, 1, heads, head_dim)
+
+
+def update_memory(
+    key,
+    value,
+    window_innovation,
+    eidetic_innovation,
+    eidetic_position,
+    past,
+    boundary,
+    cos,
+    sin,
+    in_place: bool = False,
+):
+    """The eidetic memory in the cache after a chunk boundary: of what it held and the chunk that enters, the best.
+
+    Args:
+        key, value: (rows, num_key_value_heads, slots, head_dim): the first slots are the window's ring, rotated, the last
+            eidetic_size those of the memory, not rotated.
+        window_innovation: (rows, ring), of the tokens in the ring.
+        eidetic_innovation, eidetic_position: (rows, eidetic_size), -inf and -1 where a place is empty.
+        past: tokens before the one that begins a chunk, (rows,) int64.
+        boundary: (rows, 1) bool; the memory of other rows stays as it is.
+        cos, sin: the opposite rotation of the tokens that enter, (rows, chunk_size, ...), those at the positions from
+            past + 1 - ring on; positions below 0 do not exist, and anything may stand there.
+        in_place: key and value are overwritten.
+
+    Returns:
+        key, value, eidetic_innovation and eidetic_position after it.
+    """
+    ring, size = window_innovation.shape[1], eidetic_innovation.shape[1]
+    start, heads, head_dim = key.shape[2] - size, key.shape[1], key.shape[3]
+    positions = past[:, None] - ring + 1 + torch.arange(cos.shape[1], device=past.device)
+    slots = positions % ring
+    scores = window_innovation.gather(1, slots).masked_fill(~(boundary & (positions >= 0)), -torch.inf)
+    scores = torch.cat([eidetic_innovation, scores], 1)
+    index = select(scores, size)
+
+    def take(x, index):
+        return x.gather(2, index[:, None, :, None].expand(-1, heads, -1, head_dim))
+
+    new = []
+    for kept, entering in ((key, rotate(take(key, slots), cos[:, None], sin[:, None])), (value, take(value, slots))):
+        tokens = take(torch.cat([kept[:, :, start:], entering], 2), index)
+        if in_place:
+            kept[:, :, start:] = tokens
+        new.append(kept if in_place else torch.cat([kept[:, :, :start], tokens], 2))
+    return *new, scores.gather(1, index), torch.cat([eidetic_position, positions], 1).gather(1, index)

@@ -13,11 +13,20 @@ from .cache_bmojo import convolved_widths
 from .call_bmojo import Call, take_rows
 from .configuration_bmojo import DELTA_TYPES
 from .delta_ops_bmojo import delta_step, kalman_step
-from .kernels_bmojo import causal_conv, delta_scan, kalman_scan, rotate, selective_scan, silu_gate, ssd_scan
+from .kernels_bmojo import (
+    causal_conv,
+    delta_scan,
+    kalman_scan,
+    rotate,
+    selective_scan,
+    selective_step,
+    silu_gate,
+    ssd_scan,
+    ssd_step,
+)
 from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoRMSNorm
 from .numerics_bmojo import widen
-from .ops_bmojo import selective_step, ssd_step
 
 
 class BMojoDynamics(nn.Module):

@@ -929,7 +929,8 @@ def launches(itemsize: int, architecture: str):
 
     def launch(kind, kernel, head_dim, what="", **absent):
         constants = {"KV_HEADS": 8, "GROUP": 4} | settings(kind, head_dim, itemsize, architecture)
-        return Launch(f"{kernel.__name__} {head_dim}{what}", kernel, types | absent, constants)
+        is_default = head_dim == 64 and not absent
+        return Launch(f"{kernel.__name__} {head_dim}{what}", kernel, types | absent, constants, is_default)
 
     for head_dim in (16, 32, 64, 96, 128, 256):
         yield launch(*forward, head_dim)

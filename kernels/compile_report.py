@@ -1,7 +1,8 @@
 """Compiles every kernel for GPUs that need not be here, and prints what it takes of them: `python kernels/compile_report.py`.
 
 Exits with 1 where a launch takes more shared memory than there is on any target, or where one spills registers on sm_80
-or above. `--targets`, `--dtypes` and `--kernels` (a part of a name) choose; `--jobs` compiles in parallel.
+or above. `--targets`, `--dtypes` and `--kernels` (a part of a name) choose; `--jobs` compiles in parallel. `--default` is what
+`.ci/run` runs: each kernel at the sizes of a default configuration, for NVIDIA's GPUs from sm_80 on, in bf16 and fp32.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from triton.compiler import ASTSource
 
 
 # the files of kernels, each with a function `launches(itemsize, architecture)`
-FILES = ["attention", "ssd", "selective", "innovation"]
+FILES = ["attention", "ssd", "selective", "innovation", "step"]
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -111,27 +112,44 @@ def inspect(case: tuple[str, str, str, int]) -> Line:
     return Line(launch.name, dtype, target_name, registers, spills, shared, target.shared_memory, fails)
 
 
-def cases(files, dtypes, targets, part: str):
+def cases(files, dtypes, targets, part: str, default: bool):
     """What there is to compile: file, dtype, target, and number of the launch."""
     for file in files:
         module = import_module(f"{package()}.{file}")
         for name in targets:
             for dtype in [dtype for dtype in TARGETS[name].dtypes if dtype in dtypes]:
-                launches = module.launches(DTYPES[dtype], TARGETS[name].architecture)
-                yield from ((file, dtype, name, i) for i, launch in enumerate(launches) if part in launch.name)
+                launches = list(module.launches(DTYPES[dtype], TARGETS[name].architecture))
+                chosen = defaults(launches) if default else range(len(launches))
+                yield from ((file, dtype, name, i) for i in chosen if part in launches[i].name)
+
+
+def defaults(launches) -> list[int]:
+    """Numbers of the launches with the sizes of a default configuration, one or more of every kernel."""
+    by_kernel = {}
+    for i, launch in enumerate(launches):
+        by_kernel.setdefault(launch.kernel.__name__, []).append(i)
+    return [i for found in by_kernel.values() for i in ([i for i in found if launches[i].default] or found[:1])]
 
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=[name for name in TARGETS if name != "sm_86"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument(
+        "--default", action="store_true", help="the sizes of a default configuration, for sm_80 and above"
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, help="default: all but sm_86")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, help="default: all; with --default not fp16, which takes what bf16 does"
+    )
     parser.add_argument("--kernels", default="", help="part of the name of a launch")
     parser.add_argument("--jobs", type=int, default=1)
     chosen = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    unasked = ("sm_75", "sm_86", "gfx942") if chosen.default else ("sm_86",)
+    targets = chosen.targets or [name for name in TARGETS if name not in unasked]
     print(f"{'kernel':48}{'dtype':6}{'target':8}{'registers':>10}{'spills':>8}{'shared':>9} of {'limit':>8}")
-    work = list(cases(FILES, chosen.dtypes, chosen.targets, chosen.kernels))
+    dtypes = chosen.dtypes or [name for name in DTYPES if name != "fp16" or not chosen.default]
+    work = list(cases(FILES, dtypes, targets, chosen.kernels, chosen.default))
     failed = 0
     pool = ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) if chosen.jobs > 1 else None
     for line in (pool.map if pool else map)(inspect, work):

@@ -30,12 +30,14 @@ class Launch(NamedTuple):
         types: of the arguments that are neither a pointer to the dtype of the inputs ("..._ptr") nor int32; None for one
             that is None.
         settings: values of the constants, num_warps and num_stages.
+        default: it has the sizes of a default configuration; the first launch of a kernel counts where none has.
     """
 
     name: str
     kernel: Any
     types: dict[str, str | None]
     settings: dict[str, Any]
+    default: bool = False
 
 
 def namespace(module: str) -> str:

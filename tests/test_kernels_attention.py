@@ -385,6 +385,18 @@ def test_the_report_compiles_and_counts():
     assert 16 < registers < 256
 
 
+def test_ci_compiles_every_kernel():
+    spec = importlib.util.spec_from_file_location("compile_report", ROOT / "kernels" / "compile_report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    for file in report.FILES:
+        launches = list(importlib.import_module(f"{kernels_bmojo.__name__}.{file}").launches(2, "ampere"))
+        chosen = [launches[i] for i in report.defaults(launches)]
+        assert {x.kernel.__name__ for x in chosen} == {x.kernel.__name__ for x in launches}
+        marked = [launch for launch in launches if launch.default]
+        assert all(launch in chosen for launch in marked)
+
+
 @pytest.mark.slow
 def test_every_kernel_fits():
     done = run_report("kernels/compile_report.py", "--jobs", "4")
