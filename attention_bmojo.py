@@ -18,11 +18,18 @@ from .call_bmojo import (
     write_ring,
 )
 from .configuration_bmojo import LEARNED_CHOICES
-from .kernels_bmojo import memory_attention, prediction_error, rotate, running_selection
+from .kernels_bmojo import (
+    cache_attention,
+    memory_attention,
+    prediction_error,
+    rotate,
+    running_selection,
+    update_memory,
+)
 from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoRMSNorm
 from .numerics_bmojo import at_least_float32, no_autocast, widen
-from .ops_bmojo import hash_scores, predict, select
+from .ops_bmojo import hash_scores, predict
 from .ssm_bmojo import SSM_CLASSES, BMojoConv1d
 
 
@@ -143,6 +150,8 @@ class BMojoWindowAttention(BMojoAttention):
         super().__init__(config, layer_idx)
         self.window = config.sliding_window
         self.slots = memory_slots(config, self.layer_type)
+        names = {"fading": "fading", "memory": "eidetic"}
+        self.first_slots = {name: self.slots[span].start for name, span in names.items() if span in self.slots}
 
     def in_cache(self, state, name: str, span: str):
         """The slots of one memory in the state's "key" or "value", (rows, slots, kv heads, head_dim)."""
@@ -183,31 +192,14 @@ class BMojoWindowAttention(BMojoAttention):
 
     def attend_to_cache(self, state, call: Call, query, eidetic_query=None, fading_query=None):
         """The mix of values for one query of each row, (rows, 1, heads, head_dim); queries are scaled already."""
-        rows, _, heads, head_dim = query.shape
-        key, value, mask = state["key"], state["value"], call.step.mask[self.layer_type]
-        if key.dtype is not query.dtype:
-            key, value = key.to(query.dtype), value.to(query.dtype)
-        key, value, shape = key.flatten(0, 1), value.flatten(0, 1), (-1, heads // key.shape[1], head_dim)
-        if eidetic_query is None and fading_query is None:
-            scores = torch.bmm(query.reshape(shape), key.transpose(1, 2))
-        else:  # a product of few queries with many keys for each: cheaper than one of all queries
-            parts, near = [], key
-            if eidetic_query is not None:
-                memory = self.slots["eidetic"]
-                eidetic_key = key[:, memory]
-                if self.ranked:
-                    eidetic_key = self.in_cache(state, "key", "eidetic").to(query.dtype)
-                    eidetic_key = self.eidetic_key(eidetic_key, call).transpose(1, 2).flatten(0, 1)
-                near = key[:, : memory.start]
-                parts = [torch.bmm(eidetic_query.reshape(shape), eidetic_key.transpose(1, 2))]
-            if fading_query is not None:
-                fading = self.slots["fading"]
-                near = key[:, : fading.start]
-                parts.insert(0, torch.bmm(fading_query.reshape(shape), key[:, fading].transpose(1, 2)))
-            scores = torch.cat([torch.bmm(query.reshape(shape), near.transpose(1, 2)), *parts], -1)
-        weights = (scores + mask).softmax(-1)
-        weights = weights if weights.dtype is value.dtype else weights.to(value.dtype)
-        return torch.bmm(weights, value).view(rows, 1, heads, head_dim)
+        eidetic_key = None
+        if eidetic_query is not None and self.ranked:
+            eidetic_key = self.eidetic_key(self.in_cache(state, "key", "eidetic").to(query.dtype), call)
+        return cache_attention(
+            *(query, state["key"], state["value"], call.step.mask[self.layer_type]),
+            *(eidetic_query, fading_query, eidetic_key),
+            **self.first_slots,
+        )
 
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
@@ -352,24 +344,13 @@ class BMojoMixer(BMojoWindowAttention):
     def cross_boundary(self, state, call: Call):
         """The state after a chunk boundary: the c tokens that the boundary lets in, merged for the rows at one."""
         positions = call.past_column - self.window - self.chunk + 1 + torch.arange(self.chunk, device=call.past.device)
-        slots = positions % state["window_innovation"].shape[1]
-        key, value = (take_rows(self.in_cache(state, name, "window"), slots) for name in ("key", "value"))
-        scores = state["window_innovation"].gather(1, slots)
-        scores = scores.masked_fill(~(call.step.boundary & (positions >= 0)), -torch.inf)
-        scores = torch.cat([state["eidetic_innovation"], scores], 1)
-        index = select(scores, self.memory)
-        entering = {"key": rotate(key, *call.table(positions.clamp(min=0), inverse=True)), "value": value}
-        new = state | {
-            "eidetic_innovation": scores.gather(1, index),
-            "eidetic_position": torch.cat([state["eidetic_position"], positions], 1).gather(1, index),
-        }
-        for name, tokens in entering.items():
-            tokens = take_rows(torch.cat([self.in_cache(state, name, "eidetic"), tokens], 1), index).transpose(1, 2)
-            if call.may_overwrite(state[name]):
-                state[name][:, :, self.slots["eidetic"]] = tokens
-            else:
-                new[name] = torch.cat([state[name][:, :, : self.slots["eidetic"].start], tokens], 2)
-        return new
+        names = ("key", "value", "window_innovation", "eidetic_innovation", "eidetic_position")
+        key, value, innovation, position = update_memory(
+            *(state[name] for name in names),
+            *(call.past, call.step.boundary, *call.table(positions.clamp(min=0), inverse=True)),
+            in_place=call.may_overwrite(state["key"]) and call.may_overwrite(state["value"]),
+        )
+        return state | {"key": key, "value": value, "eidetic_innovation": innovation, "eidetic_position": position}
 
     # -- many tokens ---------------------------------------------------------------------------------------------------
 
