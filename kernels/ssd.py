@@ -419,7 +419,7 @@ _BLOCKS = {
     },
     ("ampere", 4): {
         "fwd": (64, 32, 16, 4),
-        "inputs": (16, 32, 16, 4),
+        "inputs": (16, 32, 16, 2),
         "vectors": (16, 32, 32, 4),
         "state": (64, 16, 32, 4),
     },
@@ -465,8 +465,8 @@ def settings(kernel: str, head_dim: int, state_size: int, itemsize: int, archite
     block_t = blocks["fwd" if of == "fwd" else "inputs"][0]
     _, block_p, block_n, num_warps = blocks["state" if is_state else of]
     more = {"BLOCK_H": _BLOCK_H} if kernel == "vectors" else {"BLOCKS": _CHUNK // block_t} if is_state else {}
-    # loads of the next step while one computes, where there is room
-    ahead = architecture == "ampere" and itemsize == 2 and kernel != "vectors"
+    # loads of the next step while one computes, where registers suffice; "state" then has room for two programs instead
+    ahead = architecture == "ampere" and itemsize == 2 and kernel in ("fwd", "inputs")
     return more | {
         "P": head_dim,
         "N": state_size,
