@@ -249,9 +249,7 @@ delta_scan = dispatch(delta_scan, chunked=chunked_delta_scan)
 kalman_scan = dispatch(kalman_scan, chunked=chunked_kalman_scan)
 causal_conv = dispatch(causal_conv, blocked_causal_conv)
 prediction_error = dispatch(prediction_error, blocked_prediction_error, kernel="innovation", backward=False)
-running_selection = dispatch(
-    running_selection, running_selection, kernel="innovation", backward=False
-)  # on a CPU at once
+running_selection = dispatch(running_selection, cpu=running_selection, kernel="innovation", backward=False)
 memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="attention")
 rms_norm = dispatch(rms_norm, blocked_rms_norm)
 silu_gate = dispatch(silu_gate, blocked_silu_gate)
