@@ -142,6 +142,7 @@ class Case(NamedTuple):
         title: what distinguishes it from cases of the same op.
         graph: timed as a CUDA graph.
         call: how op, options and tensors come together.
+        moved: bytes of the forward pass, from shape and tensors, where it is not all of the tensors.
     """
 
     op: str
@@ -154,6 +155,7 @@ class Case(NamedTuple):
     title: str = ""
     graph: bool = False
     call: Callable = lambda op, options, *tensors: op(*tensors, **options)
+    moved: Callable | None = None
 
 
 def draw_attention(shape: Shape, draw, memory: bool = True):
@@ -246,6 +248,42 @@ def draw_selection(shape: Shape, draw):
 def selection_options(shape: Shape) -> dict:
     chunks = -(-shape.seq_len // shape.chunk)
     return {"first": 1 - shape.window - shape.chunk, "chunk_size": shape.chunk, "chunks": chunks}
+
+
+def draw_cache(shape: Shape, draw):
+    """A full cache: a query sees w of the w + c slots of the window, w of the 2w fading ones, and the memory."""
+    window, chunk = shape.window, shape.chunk
+    slot = torch.arange(3 * window + chunk + shape.memory)
+    seen = (slot < window) | ((slot >= window + chunk) & (slot < 2 * window + chunk)) | (slot >= 3 * window + chunk)
+    query = draw(shape.streams, 1, shape.heads, shape.head_dim) * shape.head_dim**-0.5
+    key, value = (draw(shape.streams, shape.kv_heads, len(slot), shape.head_dim) for _ in range(2))
+    mask = torch.zeros(1, 1, len(slot)).masked_fill(~seen, -torch.inf)
+    return [query, key, value, mask.to(query.device)]
+
+
+def bytes_of_cache(shape: Shape, tensors) -> int:
+    """Query, output, and the keys and values that are seen."""
+    query, key, value, mask = tensors
+    share = (2 * shape.window + shape.memory) / key.shape[2]
+    return 2 * count_bytes([query]) + round(share * count_bytes([key, value])) + count_bytes([mask])
+
+
+def draw_boundary(shape: Shape, draw):
+    """A full cache at the beginning of a chunk."""
+    rows, ring = shape.streams, shape.window + shape.chunk
+    slots = ring + 2 * shape.window + shape.memory
+    key, value = (draw(rows, shape.kv_heads, slots, shape.head_dim) for _ in range(2))
+    scores = [draw(rows, size, wide=True).abs() for size in (ring, shape.memory)]
+    positions = torch.arange(shape.memory, device=key.device).expand(rows, -1)
+    past = torch.full((rows,), shape.chunk * shape.window, device=key.device)
+    tables = [draw(rows, shape.chunk, shape.head_dim, wide=True) for _ in range(2)]
+    return [key, value, *scores, positions, past, torch.ones_like(past, dtype=torch.bool)[:, None], *tables]
+
+
+def bytes_of_boundary(shape: Shape, tensors) -> int:
+    """As many keys and values as the memory has places, read and written, and all that is small."""
+    places = 2 * shape.streams * shape.kv_heads * shape.memory * shape.head_dim * tensors[0].element_size()
+    return 2 * places + count_bytes(tensors[2:]) + count_bytes(tensors[3:5])
 
 
 def nothing(shape: Shape) -> dict:
@@ -412,6 +450,17 @@ def mamba_selective(case, shape: Shape, tensors, options):
     return scan
 
 
+def torch_step(case, shape: Shape, tensors, options):
+    """`scaled_dot_product_attention` with the heads of a group as queries of one head."""
+
+    def attend(query, key, value, mask):
+        group = query.view(len(query), shape.kv_heads, -1, shape.head_dim)
+        mask = mask.to(query.dtype)[:, None]
+        return F.scaled_dot_product_attention(group, key, value, mask, scale=1.0).view(query.shape)
+
+    return attend
+
+
 def mamba_step(case, shape: Shape, tensors, options):
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
@@ -483,6 +532,26 @@ CASES = (
             graph=True,
         )
         for op, draw in (("ssd_step", draw_ssd_step), ("selective_step", draw_selective_step))
+    ),
+    Case(
+        "cache_attention",
+        "step",
+        draw_cache,
+        lambda shape: {"memory": 3 * shape.window + shape.chunk},
+        lambda shape: 4 * shape.streams * shape.heads * shape.head_dim * (2 * shape.window + shape.memory),
+        peers=(Way("torch, dense mask", torch_step, on_cpu=True),),
+        graph=True,
+        call=lambda op, options, query, *others: op(query, *others, query, **options),
+        moved=bytes_of_cache,
+    ),
+    Case(
+        "update_memory",
+        "step",
+        draw_boundary,
+        lambda shape: {"in_place": True},
+        none,
+        graph=True,
+        moved=bytes_of_boundary,
     ),
 )
 
@@ -625,7 +694,7 @@ def time_passes(case: Case, way: Way, shape: Shape, dtype: torch.dtype, names) -
     leaves = as_leaves(tensors, None, False)
     with torch.no_grad():
         out = outputs(function, leaves)
-        moved = count_bytes(tensors) + count_bytes(out)
+        moved = case.moved(shape, tensors) if case.moved else count_bytes(tensors) + count_bytes(out)
         found["forward"] = median_ms(lambda: function(*leaves), case.graph), moved, operations
     if "backward" in names:
         leaves = as_leaves(tensors, None, True)
