@@ -81,7 +81,8 @@ def _prediction_error_kernel(
                 total += past * tl.load(weight_ptr + k - 1).to(tl.float32)
         # a quotient mended by its remainder is the exact one, without the function call of a division
         quotient = total * inverse[:, None]
-        quotient = tl.fma(tl.fma(-quotient, norm[:, None], total), inverse[:, None], quotient)
+        mended = tl.fma(tl.fma(-quotient, norm[:, None], total), inverse[:, None], quotient)
+        quotient = tl.where(mended == mended, mended, quotient)  # infinity has no remainder
         difference = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32) - quotient
         error += tl.sum(difference * difference, 1)
     tl.store(error_ptr + row * seq_len + first + token, error, mask=real)

@@ -109,6 +109,17 @@ def test_history_that_does_not_exist_may_be_anything(kernel):
     assert torch.equal(kernel(y, history, positions, weights), clean)
 
 
+def test_infinity_and_nan_give_what_they_give_in_torch(kernel):
+    y, *others = outputs(rows=1, past=(0,))
+    y[0, 3, 1], y[0, 12, 2] = torch.inf, torch.nan
+    want = ops_bmojo.prediction_error(y, *others)
+    got = kernel(y, *others)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.isinf(), want.isinf())
+    assert want.isinf().any()
+    assert want.isnan().any()
+
+
 def test_error_in_any_layout(kernel):
     y, history, positions, weights = outputs()
     turned = y.transpose(1, 2).contiguous().transpose(1, 2), history[:1].expand_as(history), positions, weights
