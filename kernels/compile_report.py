@@ -83,7 +83,11 @@ def compile_launch(launch, dtype: str, target: Target):
         signature[name] = kind
         if kind.startswith("*"):
             attributes[place,] = [["tt.divisibility", 16]]  # as torch allocates
-    options = {name: launch.settings[name] for name in ("num_warps", "num_stages") if name in launch.settings}
+    options = {
+        name: launch.settings[name]
+        for name in ("num_warps", "num_stages", "enable_fp_fusion")
+        if name in launch.settings
+    }
     source = ASTSource(launch.kernel, signature, constants, attributes)
     said = io.StringIO()
     with redirect_stdout(said):

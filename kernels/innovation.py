@@ -54,6 +54,7 @@ def _prediction_error_kernel(
         else:
             norm += tl.where(position >= k, tl.load(weight_ptr + k - 1).to(tl.float32), 0.0)
     norm = tl.where(norm > 0, norm, 1.0)
+    inverse = tl.div_rn(1.0, norm)
 
     y_ptr += (row * seq_len + first) * SIZE
     history_ptr += row * KERNEL * SIZE
@@ -64,7 +65,7 @@ def _prediction_error_kernel(
         place = token[:, None] * SIZE + channel[None, :]
         mask = real[:, None] & inside[None, :]
         total = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-        for k in tl.range(1, KERNEL + 1, loop_unroll_factor=8):
+        for k in tl.range(1, KERNEL + 1, loop_unroll_factor=4):
             earlier = first + token - k
             exists = real & (position >= k)
             here = (exists & (earlier >= 0))[:, None] & inside[None, :]
@@ -78,7 +79,11 @@ def _prediction_error_kernel(
                 total += past * weight[None, :]
             else:
                 total += past * tl.load(weight_ptr + k - 1).to(tl.float32)
-        difference = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32) - tl.div_rn(total, norm[:, None])
+        # a quotient mended by its remainder is the exact one, without the function call of a division
+        quotient = total * inverse[:, None]
+        mended = tl.fma(tl.fma(-quotient, norm[:, None], total), inverse[:, None], quotient)
+        quotient = tl.where(mended == mended, mended, quotient)  # infinity has no remainder
+        difference = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32) - quotient
         error += tl.sum(difference * difference, 1)
     tl.store(error_ptr + row * seq_len + first + token, error, mask=real)
 
@@ -199,7 +204,7 @@ def _running_selection_kernel(
 
 
 # the sums of a channel are those of the definition, bit for bit: no fused multiply-add
-_ERROR = {"BLOCK_T": 16, "num_warps": 4, "enable_fp_fusion": False}
+_ERROR = {"BLOCK_T": 16, "num_warps": 8, "enable_fp_fusion": False}
 _BLOCK_D = {2: 128, 4: 64}  # by bytes per number
 # (BLOCK_C, num_warps) by the largest BLOCK_M
 _BLOCKS = {32: (32, 1), 64: (16, 2), 128: (32, 4), 256: (32, 8), 512: (16, 8), 1024: (8, 8)}

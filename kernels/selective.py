@@ -5,7 +5,7 @@ The blocks of a sequence run side by side, in three launches: what each adds to 
 blocks, which gives the state at the start of each; and the outputs. A decay over a block is exp(A * sum of dt), so that
 chaining takes one number per channel and block beside the states.
 
-States exist at the starts of blocks. The backward pass walks a block forward once more, for the state before every STEP
+States exist at the starts of blocks. The backward pass walks a block forward once more, for the state before every EVERY
 tokens and for what the block adds to the gradient of the state before it; chains those gradients; and walks the block
 backward in steps, for which it makes the states of one step anew in registers. It is deterministic: what is summed over
 channels, time or rows is written in parts, which are then added up in a fixed order.
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .shared import Launch, architecture, namespace, on_device_of
+from .shared import Launch, namespace, on_device_of
 
 
 LOG2E = 1.4426950408889634
@@ -347,9 +347,9 @@ def _selective_bwd_kernel(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-_T = 64
+_T = 64  # tokens of a block
+_EVERY = 8  # tokens from one state that the backward pass writes to the next
 _CHAIN = {"BLOCK": 128, "num_warps": 4}
-_EVERY = 8
 # (BLOCK_D, STEP, num_warps) of the kernels "forward", "states", "backward", by the largest BLOCK_N
 _BLOCKS = {
     8: ((64, 4, 1), (64, 2, 1), (64, 4, 1)),
@@ -361,7 +361,7 @@ _KERNELS = ("forward", "states", "backward")
 
 
 @functools.cache
-def settings(kernel: str, channels: int, state_size: int, architecture: str) -> dict:
+def settings(kernel: str, channels: int, state_size: int) -> dict:
     """Constants and options of a launch, by what a program has room for: never by a length, for which it would compile anew.
 
     The reasons are in the README; `compile_report.py` shows what fits.
@@ -403,7 +403,7 @@ def _forward(
     y, last, starts = _empty_outputs(x, A)
     chunks = starts.shape[1]
     added, totals = torch.empty_like(starts), starts.new_empty(starts.shape[:3])
-    chosen = settings("forward", channels, A.shape[1], architecture(x.device))
+    chosen = settings("forward", channels, A.shape[1])
     grid = (triton.cdiv(channels, chosen["BLOCK_D"]) * chunks * rows,)
     with on_device_of(x):
         if seq_len:
@@ -448,9 +448,7 @@ def _backward(
     x, dt, A, B, C = (tensor.contiguous() for tensor in (x, dt, A, B, C))
     rows, seq_len, channels = x.shape
     chunks, state_size = starts.shape[1], A.shape[1]
-    chosen, for_states = (
-        settings(kind, channels, state_size, architecture(x.device)) for kind in ("backward", "states")
-    )
+    chosen, for_states = (settings(kind, channels, state_size) for kind in ("backward", "states"))
     places, parts = chunks * (_T // _EVERY), triton.cdiv(channels, chosen["BLOCK_D"])
     d_y = x.new_zeros(x.shape, dtype=torch.float32) if d_y is None else d_y.contiguous()
     d_x, d_dt, _, _, _, d_initial = _empty_gradients(x, dt, A, B, C)
@@ -516,7 +514,7 @@ def launches(itemsize: int, architecture: str):
     backward = [("states", _selective_bwd_local_kernel), ("backward", _selective_bwd_kernel)]
     for state_size in (8, 12, 16, 32, 64):
         for kind, kernel in backward if state_size == 12 else forward + backward:
-            chosen = settings(kind, 1536, state_size, architecture)
+            chosen = settings(kind, 1536, state_size)
             yield Launch(f"{kernel.__name__} {state_size}", kernel, types, chosen)
     if itemsize == 4:  # it has nothing in the dtype of the inputs
         chosen = {"CHANNELS": 1536, "N": 16} | _CHAIN

@@ -29,7 +29,7 @@ class Launch(NamedTuple):
         kernel: the function under `triton.jit`.
         types: of the arguments that are neither a pointer to the dtype of the inputs ("..._ptr") nor int32; None for one
             that is None.
-        settings: values of the constants, num_warps and num_stages.
+        settings: values of the constants, num_warps, num_stages and enable_fp_fusion.
         default: it has the sizes of a default configuration; the first launch of a kernel counts where none has.
     """
 
