@@ -505,12 +505,14 @@ def _select_kernel(
             ahead = ahead | ((rival[None, :] == score[:, None]) & (other[None, :] < number[:, None]))
             better += tl.sum(ahead.to(tl.int32), 1)
         stays = (better < size) & (number < size + chunk)
-        place = row * size + taken + tl.cumsum(stays.to(tl.int32), 0) - 1
+        place = taken + tl.cumsum(stays.to(tl.int32), 0) - 1
+        taken += tl.sum(stays.to(tl.int32), 0)
+        stays = stays & (place < size)  # a score that is no number would not be counted
+        place = row * size + place
         held = tl.load(memory_position_ptr + row * size + number, mask=number < size, other=0)
         tl.store(index_ptr + place, number, mask=stays)
         tl.store(new_score_ptr + place, score, mask=stays)
         tl.store(new_position_ptr + place, tl.where(number < size, held, position), mask=stays)
-        taken += tl.sum(stays.to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["size", "chunk", "ring", "slots"])
