@@ -139,9 +139,11 @@ def dispatch(
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
         mode = os.environ.get("BMOJO_KERNELS", "auto")
-        known = cpu is not None and (kernel is None or "cpu" in _told)  # that no kernel runs on a CPU
-        if known and mode == "auto" and x.device.type == "cpu" and _is_plain(x):
-            return cpu(x, *args, **kwargs)  # the usual case, at the least cost once it has been said
+        on_cpu = cpu is not None and x.device.type == "cpu" and _is_plain(x)
+        if on_cpu and mode == "auto" and (kernel is None or "cpu" in _told):
+            return cpu(
+                x, *args, **kwargs
+            )  # the usual case, at the least cost once it was said that no kernel runs there
         if mode not in MODES:
             raise ValueError(f"BMOJO_KERNELS is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")
         runs = (
@@ -151,7 +153,7 @@ def dispatch(
         )
         if runs and _use_kernel(name, kernel, x.device.type, x.dtype):
             return _loaded[name](x, *args, **kwargs)
-        if cpu is not None and mode != "definition" and x.device.type == "cpu" and _is_plain(x):
+        if on_cpu and mode != "definition":
             return cpu(x, *args, **kwargs)
         return (definition if mode == "definition" else plain)(x, *args, **kwargs)
 
