@@ -58,7 +58,7 @@ logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANS
 _NO_TRITON = "triton is not installed (`pip install triton`)"
 MODES = ("auto", "torch", "triton", "definition")
 # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
-UNPROVEN = {"attention", "innovation", "selective", "ssd", "step"}
+UNPROVEN = {"attention", "conv", "innovation", "selective", "ssd", "step"}
 _HERE = Path(__file__).resolve().parent
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _loaded: dict[str, Callable] = {}  # the kernels in use, by name
@@ -249,7 +249,7 @@ ssd_scan = dispatch(ssd_scan, blocked_ssd_scan, kernel="ssd")
 selective_scan = dispatch(selective_scan, blocked_selective_scan, kernel="selective")
 delta_scan = dispatch(delta_scan, chunked=chunked_delta_scan)
 kalman_scan = dispatch(kalman_scan, chunked=chunked_kalman_scan)
-causal_conv = dispatch(causal_conv, blocked_causal_conv)
+causal_conv = dispatch(causal_conv, blocked_causal_conv, kernel="conv")
 prediction_error = dispatch(prediction_error, blocked_prediction_error, kernel="innovation", backward=False)
 running_selection = dispatch(running_selection, cpu=running_selection, kernel="innovation", backward=False)
 memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="attention")

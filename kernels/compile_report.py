@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 
 # the files of kernels, each with a function `launches(itemsize, architecture)`
-FILES = ["attention", "ssd", "selective", "innovation", "step"]
+FILES = ["attention", "ssd", "selective", "conv", "innovation", "step"]
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
