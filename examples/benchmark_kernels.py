@@ -233,6 +233,12 @@ def ssd_operations(shape: Shape) -> int:
     return 2 * shape.rows * shape.seq_len * per_token
 
 
+def draw_conv(shape: Shape, draw, taps: int = 4):
+    """Arguments of `causal_conv` over what Mamba2 convolves: x, B and C."""
+    channels = shape.ssm_heads * shape.ssm_head_dim + 2 * shape.groups * shape.state_size
+    return [draw(shape.rows, taps - 1 + shape.seq_len, channels), draw(channels, taps), draw(channels)]
+
+
 def draw_error(shape: Shape, draw):
     y, history = (draw(shape.rows, count, shape.hidden) for count in (shape.seq_len, shape.kernel))
     positions = torch.arange(shape.seq_len, device=y.device)[None]
@@ -512,13 +518,14 @@ CASES = (
     ),
     Case(
         "selective_scan",
-        "selective_scan",
+        "selective",
         lambda shape, draw: draw_selective(shape, draw, shape.rows, shape.seq_len),
         nothing,
         none,
         backward=2,
         peers=(Way("mamba-ssm", mamba_selective, "mamba_ssm"),),
     ),
+    Case("causal_conv", "conv", draw_conv, nothing, none, backward=2),
     Case("prediction_error", "innovation", draw_error, nothing, none),
     Case("running_selection", "innovation", draw_selection, selection_options, none),
     *(
