@@ -11,33 +11,16 @@ import pytest
 import torch
 
 from bmojo import kernels_bmojo, ops_bmojo
+from bmojo_tests.kernel_checks import DEVICE, needs_triton, poisoned, rel_error
 
 
 ROOT = Path(__file__).resolve().parent.parent
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+pytestmark = needs_triton
 
 
 @pytest.fixture(scope="module")
 def kernel():
     return kernels_bmojo.load("memory_attention", "attention")
-
-
-@contextmanager
-def poisoned():
-    """Memory that was allocated and never written holds NaN."""
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def rel_error(got, want):
-    """Root mean square error relative to ``want``: one number, whatever the scale."""
-    assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-12)).item()
 
 
 def is_float(x) -> bool:

@@ -1,18 +1,15 @@
 """The kernels of the innovation and of the selection against their definitions; on a CPU under Triton's interpreter."""
 
-import importlib.util
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 from bmojo import kernels_bmojo, ops_bmojo
+from bmojo_tests.kernel_checks import DEVICE, needs_triton, poisoned, rel_error
 
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+pytestmark = needs_triton
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +20,6 @@ def kernel():
 @pytest.fixture(scope="module")
 def selection():
     return kernels_bmojo.load("running_selection", "innovation")
-
-
-@contextmanager
-def poisoned():
-    """Memory that was allocated and never written holds NaN, or the largest integer."""
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def rel_error(got, want):
-    """Root mean square error relative to ``want``: one number, whatever the scale."""
-    assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-12)).item()
 
 
 # ---------------------------------------------------------------------------- the error of the prediction

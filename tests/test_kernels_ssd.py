@@ -1,19 +1,16 @@
 """The kernel of Mamba2's scan against the definition in float64; on a CPU under Triton's interpreter."""
 
-import importlib.util
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bmojo import kernels_bmojo, ops_bmojo
+from bmojo_tests.kernel_checks import DEVICE, needs_triton, poisoned, rel_error
 
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+pytestmark = needs_triton
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +29,6 @@ def small_blocks(kernel, monkeypatch):
     module.settings.cache_clear()
     yield
     module.settings.cache_clear()
-
-
-@contextmanager
-def poisoned():
-    """Memory that was allocated and never written holds NaN."""
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def rel_error(got, want):
-    """Root mean square error relative to ``want``: one number, whatever the scale."""
-    assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-12)).item()
 
 
 def inputs(rows=2, seq_len=37, groups=1, per_group=2, head_dim=6, state=5, initial=True, decay=1.0, seed=0):

@@ -1,38 +1,19 @@
 """The kernels for one token against the definitions in float64; on a CPU under Triton's interpreter."""
 
-import importlib.util
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 from bmojo import kernels_bmojo, ops_bmojo
+from bmojo_tests.kernel_checks import DEVICE, needs_triton, poisoned, rel_error
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = needs_triton
 
 
 def load(name: str):
     return kernels_bmojo.load(name, "step")
-
-
-@contextmanager
-def poisoned():
-    """Memory that was allocated and never written holds NaN."""
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def rel_error(got, want):
-    """Root mean square error relative to ``want``: one number, whatever the scale."""
-    assert got.shape == want.shape
-    assert got.isfinite().all()
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-12)).item()
 
 
 def widened(tensors):
