@@ -141,9 +141,7 @@ def dispatch(
         mode = os.environ.get("BMOJO_KERNELS", "auto")
         on_cpu = cpu is not None and x.device.type == "cpu" and _is_plain(x)
         if on_cpu and mode == "auto" and (kernel is None or "cpu" in _told):
-            return cpu(
-                x, *args, **kwargs
-            )  # the usual case, at the least cost once it was said that no kernel runs there
+            return cpu(x, *args, **kwargs)  # the usual case, at the least cost once it was said that no kernel runs
         if mode not in MODES:
             raise ValueError(f"BMOJO_KERNELS is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")
         runs = (
