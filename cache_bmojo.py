@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -234,7 +235,8 @@ class BMojoCache(Cache):
         """The state of a layer, made for the batch, dtype and device of `like` at the first call."""
         layer = self.layers[layer_idx]
         if not layer.state:
-            layer.state = new_state(self.config, layer_type, like, self.max_cache_len or 0)
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                layer.state = new_state(self.config, layer_type, like, self.max_cache_len or 0)
         return layer.state
 
     def store(self, states: list[dict[str, torch.Tensor]], columns: int, tokens, replays: list[Callable] | None):

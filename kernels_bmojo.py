@@ -139,7 +139,7 @@ def dispatch(
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
         mode = os.environ.get("BMOJO_KERNELS", "auto")
-        on_cpu = cpu is not None and x.device.type == "cpu" and _is_plain(x)
+        on_cpu = cpu is not None and x.device.type == "cpu" and is_plain(x)
         if on_cpu and mode == "auto" and (kernel is None or "cpu" in _told):
             return cpu(x, *args, **kwargs)  # the usual case, at the least cost once it was said that no kernel runs
         if mode not in MODES:
@@ -176,7 +176,7 @@ def dispatch_step(definition: Callable, kernel: str) -> Callable:
     return op
 
 
-def _is_plain(x) -> bool:
+def is_plain(x) -> bool:
     """Whether nothing looks through x: no compiler, no functional transform, no subclass of tensors."""
     return (
         not torch.compiler.is_compiling()

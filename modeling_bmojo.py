@@ -25,7 +25,7 @@ from .attention_bmojo import MIXER_CLASSES, BMojoPredictor
 from .cache_bmojo import BMojoCache, cache_bytes
 from .call_bmojo import Call, PackedCall, Step, make_step, step_plan
 from .configuration_bmojo import AUTO_MAP, BMojoConfig
-from .kernels_bmojo import attach, copy_kernels, silu_gate
+from .kernels_bmojo import attach, copy_kernels, is_plain, silu_gate
 from .layout_bmojo import PackedLayout, read_layout, read_mask
 from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoLayerNorm, BMojoRMSNorm, block_norm
@@ -424,6 +424,14 @@ class BMojoModel(BMojoPreTrainedModel):
         if not hidden_states.numel():  # no token: no layer runs, no state changes
             states = None if cache is None else [layer.state for layer in cache.layers]
             return hidden_states, [hidden_states] * len(self.layers), [{}] * len(self.layers), states, None
+        if keep_hidden or not _skips_autograd(call, hidden_states):
+            return self._each_layer(hidden_states, call, cache, keep_hidden)
+        with torch.inference_mode():  # a tenth of a token's time would go into what autograd keeps
+            hidden_states, kept, memories, states, replays = self._each_layer(hidden_states, call, cache, False)
+        states = [{name: x.clone() if x.is_inference() else x for name, x in state.items()} for state in states]
+        return hidden_states, kept, memories, states, replays
+
+    def _each_layer(self, hidden_states, call: Call, cache, keep_hidden: bool):
         kept, memories, states, replays = [], [], [], []
         for layer_idx, layer in enumerate(self.layers):
             if keep_hidden:
@@ -440,6 +448,13 @@ class BMojoModel(BMojoPreTrainedModel):
             states.append(state)
             memories.append(memory)
         return hidden_states, kept, memories, states, replays or None
+
+
+def _skips_autograd(call: Call, hidden_states) -> bool:
+    """Whether this is a single token on a CPU that nothing looks through: no gradient, compiler, transform or subclass."""
+    single = not isinstance(call, PackedCall) and call.step is not None and hidden_states.device.type == "cpu"
+    modes = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+    return single and not modes and is_plain(hidden_states)
 
 
 @torch.no_grad()

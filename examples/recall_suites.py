@@ -17,7 +17,7 @@ def bmojo(base: dict = EIGHT, variation: str | None = None, model: str = "bmojo"
 MAMBA2 = {"model": "mamba2", "fields": {"expand": 2, "state_size": 32}}
 
 
-def sixteen(filler: str, steps: int = 4000, **row) -> dict:
+def sixteen(filler: str, steps: int = 8000, **row) -> dict:
     """16 pairs behind 16 tokens of filler, learned in stages."""
     base = {"task_fields": {"filler": filler, "lead": 16}, "stages": ((4, 32), (8, 64), (16, 128))}
     return (
@@ -29,7 +29,7 @@ def sixteen_rows(filler: str) -> dict:
     """Equal floats of memory, about 9,000, but for Mamba2, which gets 11,500 and twice the steps."""
     return {
         "bmojo-m32": sixteen(filler, model="bmojo", fields={"eidetic_size": 32}),
-        "mamba2": sixteen(filler, steps=8000, model="mamba2", fields={"expand": 2, "state_size": 40}),
+        "mamba2": sixteen(filler, steps=16000, model="mamba2", fields={"expand": 2, "state_size": 40}),
         "hybrid": sixteen(filler, model="hybrid", fields={"state_size": 64}),
         "sliding": sixteen(filler, model="sliding", window=32),
     }

@@ -616,3 +616,33 @@ def test_decoding_without_gradients_leaves_an_open_graph_alone(tiny_model):
         return torch.autograd.grad(total, model.model.embed_tokens.weight)[0]
 
     assert torch.equal(loss(True), loss(False))
+
+
+def test_gradients_flow_after_single_tokens_without_any(tiny_model):
+    """The layers of a single token run in inference mode: no state that they leave is of the kind that autograd refuses."""
+    model, ids = tiny_model(dtype=torch.float64, **MIXED), random_ids(1, 20)
+
+    def gradients(sizes):
+        cache = BMojoCache(model.config)
+        read(model, cache, ids[:, :11], sizes)
+        assert not any(tensor.is_inference() for tensor in cache.tensors().values())
+        with torch.enable_grad():
+            loss = model(ids[:, 11:], cache=cache, use_cache=True).logits.pow(2).mean()
+        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    want, got = gradients([11]), gradients([1, 8, 1, 1])
+    assert any(gradient is not None and gradient.any() for gradient in want)
+    for a, b in zip(want, got, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_outputs_of_a_single_token_are_of_the_usual_kind(tiny_model):
+    model, ids = tiny_model(**MIXED), random_ids(1, 8)
+    out = model(ids[:, :1], use_cache=True)
+    out = model(ids[:, 1:2], use_cache=True, cache=out.cache, output_hidden_states=True, output_eidetic=True)
+    given = [out.logits, *out.hidden_states, *(x for x in (*out.innovations, *out.eidetic_positions) if x is not None)]
+    given.append(model(ids[:, 2:3], use_cache=True, cache=out.cache).logits)
+    given.append(model.model(ids[:, 3:4], use_cache=True, cache=out.cache).last_hidden_state)
+    assert not any(tensor.is_inference() for tensor in given)
