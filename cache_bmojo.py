@@ -235,7 +235,8 @@ class BMojoCache(Cache):
         """The state of a layer, made for the batch, dtype and device of `like` at the first call."""
         layer = self.layers[layer_idx]
         if not layer.state:
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inferring else nullcontext():
                 layer.state = new_state(self.config, layer_type, like, self.max_cache_len or 0)
         return layer.state
 

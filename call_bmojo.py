@@ -36,13 +36,24 @@ class Step:
     predictor: torch.Tensor
     boundary: torch.Tensor | None
 
-    def row(self, number: int, rows: int) -> "Step":
-        """The step of one of the rows, for `rows` rows that are all as far."""
-        own = slice(number, number + 1)
-        index = {name: part[own].expand(rows, -1, -1, -1) for name, part in self.index.items()}
-        slot = None if self.slot is None else self.slot[own].expand(rows, -1)
-        mask = {name: part[own] for name, part in self.mask.items()}
-        return Step(index, slot, mask, self.cos[own], self.sin[own], self.predictor[own].expand(rows, -1, -1), None)
+    def split(self, rows: int) -> list["Step"]:
+        """The steps of its rows one by one, each for `rows` rows that are all as far; the first row begins a chunk."""
+
+        def each(part, rows=1):
+            return part[:, None].expand(-1, rows, *part.shape[1:]).unbind(0)
+
+        count = len(self.cos)
+        index = {name: each(part, rows) for name, part in self.index.items()}
+        slots = [None] * count if self.slot is None else each(self.slot, rows)
+        masks = {name: each(part) for name, part in self.mask.items()}
+        parts = slots, each(self.cos), each(self.sin), each(self.predictor, rows)
+        begins = torch.ones(rows, 1, dtype=torch.bool, device=self.cos.device)
+        steps = []
+        for number, (slot, cos, sin, predictor) in enumerate(zip(*parts, strict=True)):
+            own = {name: part[number] for name, part in index.items()}
+            mask = {name: part[number] for name, part in masks.items()}
+            steps.append(Step(own, slot, mask, cos, sin, predictor, None if number else begins))
+        return steps
 
 
 @dataclass
@@ -60,7 +71,7 @@ class Call:
         in_place: states may be overwritten: no gradient is recorded and nothing will be rolled back.
         any_mode: whether torch lets this call write what was made in inference mode.
         fixed_columns: the keys of full attention have all their room already (`max_cache_len`).
-        phase: how far into its chunk a row is before the call, (rows, 1) int64; None without past.
+        phase: how far into its chunk a row is before the call, (rows, 1) int64; None without past, or where a step says it.
         lead: the largest phase, or chunk - 1 where asking would stop a GPU or a compiler.
         step: of a single token with a cache.
     """

@@ -441,7 +441,7 @@ def _conv_blocks(x, seq_len):
 def blocked_project_token(x, weight, bias=None):
     """See `ops_bmojo.project_token`. For short rows MKL reads a weight at a quarter of the memory's speed on AMD's processors."""
     usual = x.dtype is torch.float32 and weight.dtype is torch.float32
-    if not usual or not _has_slow_products() or torch.is_autocast_enabled("cpu"):
+    if not usual or not has_slow_products() or torch.is_autocast_enabled("cpu"):
         return project_token(x, weight, bias)
     count, size = weight.shape
     row, rows = x.view(size), 2 * _BLOCK // size
@@ -455,7 +455,8 @@ def blocked_project_token(x, weight, bias=None):
 
 
 @functools.cache
-def _has_slow_products() -> bool:
+def has_slow_products() -> bool:
+    """Whether this processor is one on which a matrix times a vector is far from the memory's speed."""
     return torch.backends.mkl.is_available() and torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
 
 

@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .attention_bmojo import MIXER_CLASSES, BMojoPredictor
 from .cache_bmojo import BMojoCache, cache_bytes
-from .call_bmojo import Call, PackedCall, Step, make_step, step_plan
+from .call_bmojo import Call, PackedCall, make_step, step_plan
 from .configuration_bmojo import AUTO_MAP, BMojoConfig
 from .kernels_bmojo import attach, copy_kernels, is_plain, silu_gate
 from .layout_bmojo import PackedLayout, read_layout, read_mask
@@ -339,7 +339,7 @@ class BMojoModel(BMojoPreTrainedModel):
         """
         plain = cache is None or cache.is_recording_past() or torch.is_grad_enabled() or torch.compiler.is_compiling()
         size = rows.shape[1] if plain or whole else self.prefill_piece
-        pieces = rows.split(max(1, size), 1)
+        pieces = (rows,) if rows.shape[1] <= size else rows.split(size, 1)
         parts, start = [], 0
         for piece in pieces:
             lengths = None if layout is None else (layout.lengths - start).clamp(min=0, max=piece.shape[1])
@@ -363,16 +363,19 @@ class BMojoModel(BMojoPreTrainedModel):
             cache: a BMojoCache, or None.
             past: the rows' lengths in the cache, None without.
         """
-        dtype = at_least_float32(like)
-        inv_freq, scaling = rotary_frequencies(self.config)
-        head_dim = self.plan.head_dim
-
-        def table(positions, inverse=False):
-            cos, sin = rotary_table(positions, inv_freq, 1 / scaling if inverse else scaling, dtype)
-            if cos.shape[-1] < head_dim:
-                cos = F.pad(cos, (0, head_dim - cos.shape[-1]), value=1.0)
-            return (cos, -sin) if inverse else (cos, sin)
-
+        table, compiling = partial(self._rotary_table, at_least_float32(like)), torch.compiler.is_compiling()
+        in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
+        fixed_columns = cache is not None and cache.max_cache_len is not None
+        any_mode = compiling or torch.is_inference_mode_enabled()
+        single = past is not None and seq_len == 1
+        if single and cache.even and lengths is None and not compiling and not torch.is_grad_enabled():
+            scaling, step, lead = self._prepared_step(like, cache)
+            positions = past[:, None]
+            cos, sin = table(positions) if self.plan.turns_alone else (None, None)
+            return Call(
+                *(past, None, positions, table, cos, sin, scaling, in_place, any_mode, fixed_columns, None, lead, step)
+            )
+        _, scaling = rotary_frequencies(self.config)
         positions = torch.arange(seq_len, device=like.device)[None]
         if cache is not None and cache.seen_tokens == 0 and seq_len > 1:
             past = None  # every row begins here: no ring is read
@@ -382,12 +385,8 @@ class BMojoModel(BMojoPreTrainedModel):
             phase, lead = past[:, None] % self.chunk, self.chunk - 1
             if cache.even:
                 lead = cache.seen_tokens % self.chunk
-            elif not torch.compiler.is_compiling() and like.device.type == "cpu":
+            elif not compiling and like.device.type == "cpu":
                 lead = int(phase.max())
-        in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
-        fixed_columns = cache is not None and cache.max_cache_len is not None
-        any_mode = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-        single = past is not None and seq_len == 1
         cos, sin = (None, None) if single and not self.plan.turns_alone else table(positions)
         call = Call(
             *(past, lengths, positions, table, cos, sin, scaling, in_place, any_mode, fixed_columns, phase, lead),
@@ -397,27 +396,38 @@ class BMojoModel(BMojoPreTrainedModel):
             boundary = phase == 0
             if lengths is not None:  # a row without a new token stays before its boundary
                 boundary = boundary & (lengths[:, None] > 0)
-            if not torch.compiler.is_compiling() and (cache.even or like.device.type == "cpu"):
+            if not compiling and (cache.even or like.device.type == "cpu"):
                 begins = lead == 0 if cache.even else bool(boundary.any())
                 boundary = boundary if begins else None
-            call.step = self._step(call, like, cache)
+            call.step = make_step(self.plan, past, like, table, scaling)
             call.step.boundary = boundary
+            for name, mask in call.step.mask.items():
+                call.step.mask[name] = mask.repeat_interleave(self.plan.num_key_value_heads, 0)
         return call
 
-    def _step(self, call: Call, like, cache) -> Step:
-        """The step of a single token; those of a whole chunk are worked out together where all rows are as far."""
-        rows, seen = len(call.past), cache.seen_tokens
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not cache.even:
-            step = make_step(self.plan, call.past, like, call.table, call.scaling)
-            for name, mask in step.mask.items():
-                step.mask[name] = mask.repeat_interleave(self.plan.num_key_value_heads, 0)
-            return step
-        start = seen - seen % self.chunk
-        which = start, like.dtype, like.device, torch.is_inference_mode_enabled()
+    def _rotary_table(self, dtype, positions, inverse=False):
+        """`Call.table`, in that dtype."""
+        inv_freq, scaling = rotary_frequencies(self.config)
+        cos, sin = rotary_table(positions, inv_freq, 1 / scaling if inverse else scaling, dtype)
+        if cos.shape[-1] < self.plan.head_dim:
+            cos = F.pad(cos, (0, self.plan.head_dim - cos.shape[-1]), value=1.0)
+        return (cos, -sin) if inverse else (cos, sin)
+
+    def _prepared_step(self, like, cache):
+        """For one token of rows that are all as far: the factor on the rotary table, the step, and how far it is in its chunk.
+
+        The steps of a chunk are worked out together, and kept in the cache.
+        """
+        phase = cache.seen_tokens % self.chunk
+        start = cache.seen_tokens - phase
+        which = start, len(like), like.dtype, like.device, torch.is_inference_mode_enabled()
         if cache.steps[0] != which:
+            _, scaling = rotary_frequencies(self.config)
             past = torch.arange(start, start + self.chunk, device=like.device)
-            cache.steps = which, make_step(self.plan, past, like, call.table, call.scaling)
-        return cache.steps[1].row(seen - start, rows)
+            table = partial(self._rotary_table, at_least_float32(like))
+            cache.steps = which, (scaling, make_step(self.plan, past, like, table, scaling).split(len(like)))
+        scaling, steps = cache.steps[1]
+        return scaling, steps[phase], phase
 
     def _run_layers(self, hidden_states, call: Call, cache, keep_hidden: bool):
         """Hidden states, the inputs of all layers if kept, what they remembered, their states, and how to replay them."""
@@ -453,8 +463,7 @@ class BMojoModel(BMojoPreTrainedModel):
 def _skips_autograd(call: Call, hidden_states) -> bool:
     """Whether this is a single token on a CPU that nothing looks through: no gradient, compiler, transform or subclass."""
     single = not isinstance(call, PackedCall) and call.step is not None and hidden_states.device.type == "cpu"
-    modes = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-    return single and not modes and is_plain(hidden_states)
+    return single and is_plain(hidden_states) and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @torch.no_grad()
