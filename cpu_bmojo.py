@@ -32,6 +32,8 @@ from .ops_bmojo import (
 )
 
 
+# whether this processor is one on which MKL multiplies a matrix and a vector far from the memory's speed
+SLOW_PRODUCTS = torch.backends.mkl.is_available() and torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
 _LOG2E = math.log2(math.e)
 _SMALL = 2**12  # elements below which one pass of the definition costs less than a loop
 _BLOCK = 2**18  # elements of the largest temporary of a block: 1 MiB of float32, half of a usual L2 cache
@@ -441,7 +443,7 @@ def _conv_blocks(x, seq_len):
 def blocked_project_token(x, weight, bias=None):
     """See `ops_bmojo.project_token`. For short rows MKL reads a weight at a quarter of the memory's speed on AMD's processors."""
     usual = x.dtype is torch.float32 and weight.dtype is torch.float32
-    if not usual or not has_slow_products() or torch.is_autocast_enabled("cpu"):
+    if not usual or not SLOW_PRODUCTS or torch.is_autocast_enabled("cpu"):
         return project_token(x, weight, bias)
     count, size = weight.shape
     row, rows = x.view(size), 2 * _BLOCK // size
@@ -452,12 +454,6 @@ def blocked_project_token(x, weight, bias=None):
         y = torch.cat([torch.mul(part, row, out=_scratch.products(*part.shape)).sum(-1) for part in parts])
     y = y.view(*x.shape[:-1], count)
     return y if bias is None else y.add_(bias)
-
-
-@functools.cache
-def has_slow_products() -> bool:
-    """Whether this processor is one on which a matrix times a vector is far from the memory's speed."""
-    return torch.backends.mkl.is_available() and torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
 
 
 class _Scratch(threading.local):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cpu_bmojo import has_slow_products
+from .cpu_bmojo import SLOW_PRODUCTS
 from .kernels_bmojo import project_token
 
 
@@ -16,7 +16,7 @@ class BMojoLinear(nn.Linear):
     """A linear layer, which for one token without gradients takes the formulation that reads its weight fastest."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if has_slow_products() and not torch.is_grad_enabled():
+        if SLOW_PRODUCTS and not torch.is_grad_enabled():
             size = self.in_features
             if x.numel() == size <= _ROW and size * self.out_features > _ENTRIES:
                 return project_token(x, self.weight, self.bias)

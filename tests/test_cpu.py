@@ -937,7 +937,7 @@ def test_a_stream_is_the_definitions_stream(cut, models, monkeypatch, name):
 def slow_products(request, monkeypatch):
     """The machine as one on which MKL is slow, or not."""
     for module in (cpu_bmojo, linear_bmojo):
-        monkeypatch.setattr(module, "has_slow_products", lambda: request.param)
+        monkeypatch.setattr(module, "SLOW_PRODUCTS", request.param)
     return request.param
 
 
