@@ -255,7 +255,10 @@ class BMojoMixer(BMojoWindowAttention):
         if self.memory:
             memory = self.innovation(y, call, state)
             if state is not None and "history" in state:
-                new["history"] = last_rows(state["history"], y, call.lengths)
+                if call.step is None:
+                    new["history"] = write_ring(state["history"], y, call)
+                else:
+                    new["history"] = call.put(state["history"], 1, call.step.output, y)
         attend = self.attend if call.step is None else self.attend_single
         mixed, kept, positions = attend(u, y, memory.get("innovation"), call, state)
         if positions is not None:
@@ -270,7 +273,7 @@ class BMojoMixer(BMojoWindowAttention):
             return self.full_innovation(y, call, state)
         with no_autocast(y):
             missed = torch.baddbmm(widen(y), call.step.predictor, widen(state["history"]), alpha=-1)
-        error = torch.linalg.vector_norm(missed, dim=-1).square_().nan_to_num_(-1, torch.inf)
+        error = torch.linalg.vecdot(missed, missed).nan_to_num_(-1, torch.inf)
         return {"innovation": error if call.lengths is None else error.masked_fill(~call.real(), -torch.inf)}
 
     @torch.no_grad()
@@ -281,6 +284,8 @@ class BMojoMixer(BMojoWindowAttention):
         if choice in LEARNED_CHOICES:
             kernel = self.config.innovation_kernel
             history = y.new_zeros(y.shape[0], kernel, y.shape[2]) if state is None else state["history"]
+            if call.past is not None:  # a ring
+                history = take_rows(history, (call.past_column + torch.arange(kernel, device=y.device)) % kernel)
             if choice == "learnable":
                 with torch.enable_grad() if self.training else torch.no_grad():
                     error = (y.detach().to(dtype) - self.predictor(y.detach(), history, call.positions)).pow(2).sum(-1)

@@ -71,7 +71,7 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
         shapes |= {"window_innovation": ((slots["window"].stop,), "wide")}
         shapes |= {"eidetic_innovation": ((memory,), "wide"), "eidetic_position": ((memory,), "int64")}
         if config.innovation_predictor in ("average", "exponential", "learnable"):
-            shapes["history"] = ((config.innovation_kernel, config.hidden_size), "model")
+            shapes["history"] = ((config.innovation_kernel, config.hidden_size), "model")  # a ring
     return shapes
 
 
@@ -398,7 +398,7 @@ class BMojoCache(Cache):
         if self.lengths is None:
             raise ValueError("The cache is empty: run the model with cache=cache before save().")
         metadata = {
-            "format": "bmojo-cache-2",
+            "format": "bmojo-cache-3",
             "seen_tokens": str(self.seen_tokens),
             "max_cache_len": json.dumps(self.max_cache_len),
             "config": json.dumps({name: getattr(self.config, name) for name in _FINGERPRINT}),
@@ -423,7 +423,7 @@ class BMojoCache(Cache):
             raise ValueError(f"{path} was not written by BMojoCache.save: {error}") from error
         with opened as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "bmojo-cache-2":
+            if metadata.get("format") != "bmojo-cache-3":
                 raise ValueError(f"{path} was not written by BMojoCache.save.")
             if differing := _differences(json.loads(metadata["config"]), config):
                 raise ValueError(f"{path} belongs to a model with another configuration: {differing}.")

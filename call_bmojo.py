@@ -21,6 +21,7 @@ class Step:
     Attributes:
         index: by layer type the slots that the token is written to, one of every ring, (rows, kv heads, rings, head_dim) int64.
         slot: of those the window's in `bmojo` layers, (rows, 1); None without such layers.
+        output: the slot of `history` that the SSM's output is written to, (rows, 1, hidden_size) int64.
         mask: by layer type what is added to the scores of all slots, (rows or rows * kv heads, 1, slots): 0 or -inf.
         cos, sin: for queries, queries of the eidetic memory, of fading keys (as far as there are) and keys, side by side as
             heads, (rows, 1, heads, head_dim); times the scale of the scores for queries.
@@ -30,6 +31,7 @@ class Step:
 
     index: dict[str, torch.Tensor]
     slot: torch.Tensor | None
+    output: torch.Tensor
     mask: dict[str, torch.Tensor]
     cos: torch.Tensor
     sin: torch.Tensor
@@ -46,13 +48,14 @@ class Step:
         index = {name: each(part, rows) for name, part in self.index.items()}
         slots = [None] * count if self.slot is None else each(self.slot, rows)
         masks = {name: each(part) for name, part in self.mask.items()}
-        parts = slots, each(self.cos), each(self.sin), each(self.predictor, rows)
+        outputs, predictors = each(self.output, rows), each(self.predictor, rows)
         begins = torch.ones(rows, 1, dtype=torch.bool, device=self.cos.device)
         steps = []
-        for number, (slot, cos, sin, predictor) in enumerate(zip(*parts, strict=True)):
+        for number, (cos, sin) in enumerate(zip(each(self.cos), each(self.sin), strict=True)):
             own = {name: part[number] for name, part in index.items()}
             mask = {name: part[number] for name, part in masks.items()}
-            steps.append(Step(own, slot, mask, cos, sin, predictor, None if number else begins))
+            boundary = None if number else begins
+            steps.append(Step(own, slots[number], outputs[number], mask, cos, sin, predictors[number], boundary))
         return steps
 
 
@@ -271,7 +274,7 @@ def step_plan(config) -> SimpleNamespace:
     """What `make_step` reads of the configuration, whose own attributes are slow to read."""
     names = (
         "sliding_window eidetic_size eidetic_chunk_size eidetic_position fading_span innovation_kernel "
-        "innovation_predictor num_attention_heads num_key_value_heads head_dim fading_query"
+        "innovation_predictor num_attention_heads num_key_value_heads head_dim hidden_size fading_query"
     )
     plan = SimpleNamespace(**{name: getattr(config, name) for name in names.split()})
     plan.softmax_scale = score_scale(config)
@@ -321,7 +324,10 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
         factor[queries : 2 * queries, :rotated] *= scaling  # as `eidetic_key`
     cos, sin = cos * factor, sin * factor[:, :rotated]
 
-    ages = torch.arange(config.innovation_kernel, 0, -1, device=device)  # the oldest comes first
-    weights = predictor_weights(config, dtype, device).flip(0) * (ages <= position)
+    size = config.innovation_kernel
+    ages = (position - 1 - torch.arange(size, device=device)) % size + 1  # of the outputs in the ring
+    weights = predictor_weights(config, dtype, device)[ages - 1] * (ages <= position)
     total = weights.sum(-1, keepdim=True)
-    return Step(index, slot, mask, cos, sin, (weights / torch.where(total > 0, total, 1))[:, None], None)
+    predictor = (weights / torch.where(total > 0, total, 1))[:, None]
+    output = (position % size)[..., None].expand(-1, -1, config.hidden_size)
+    return Step(index, slot, output, mask, cos, sin, predictor, None)

@@ -35,6 +35,7 @@ from .ops_bmojo import (
 # whether this processor is one on which MKL multiplies a matrix and a vector far from the memory's speed
 SLOW_PRODUCTS = torch.backends.mkl.is_available() and torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
 _LOG2E = math.log2(math.e)
+_ZERO = torch.zeros((), device="cpu")
 _SMALL = 2**12  # elements below which one pass of the definition costs less than a loop
 _BLOCK = 2**18  # elements of the largest temporary of a block: 1 MiB of float32, half of a usual L2 cache
 
@@ -473,6 +474,15 @@ def blocked_rms_norm(x, weight, eps: float, n_groups: int = 1):
     if x.numel() < _SMALL:
         return rms_norm(x, weight, eps, n_groups)
     return _run(_RMSNorm, x, weight, eps=eps, n_groups=n_groups)[0]
+
+
+def rms_norm_of_row(x, weight, eps: float, n_groups: int = 1):
+    """`ops_bmojo.rms_norm` of x (..., size) with one row only, in two operations: the length goes through Python."""
+    if not x.dtype is weight.dtype is torch.float32 or torch.is_grad_enabled():
+        return rms_norm(x, weight, eps, n_groups)
+    mean = torch.linalg.vector_norm(x).item() ** 2 / x.numel() + eps
+    scale = mean**-0.5 if mean != 0 else math.inf
+    return torch.addcmul(_ZERO, x, weight, value=scale)
 
 
 def blocked_silu_gate(gate, x):

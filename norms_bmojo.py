@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu_bmojo import rms_norm_of_row
 from .kernels_bmojo import is_plain, rms_norm
-from .numerics_bmojo import at_least_float32, constant, widen
+from .numerics_bmojo import widen
 
 
 class BMojoRMSNorm(nn.Module):
@@ -17,10 +18,12 @@ class BMojoRMSNorm(nn.Module):
         self.eps, self.n_groups = eps, n_groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, eps, form = self.weight, self.eps, rms_norm
-        if x.shape[1] == 1 and is_plain(x):  # choosing a form, or making a tensor of eps, would cost as much as the norm
-            form, eps = rms_norm.definition, constant(eps, at_least_float32(x), x.device)
-        return form(x, x.new_ones(x.shape[-1]) if weight is None else weight, eps, self.n_groups)
+        weight, form = self.weight, rms_norm
+        if x.shape[1] == 1:
+            form = rms_norm.definition  # choosing would cost a single token as much
+            if weight is not None and self.n_groups == 1 and x.numel() == weight.numel() and x.is_cpu and is_plain(x):
+                form = rms_norm_of_row
+        return form(x, x.new_ones(x.shape[-1]) if weight is None else weight, self.eps, self.n_groups)
 
 
 class BMojoLayerNorm(nn.LayerNorm):

@@ -1,7 +1,6 @@
 """In which precision things are computed."""
 
 from contextlib import nullcontext
-from functools import cache
 
 import torch
 
@@ -26,10 +25,3 @@ def no_autocast(x: torch.Tensor):
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
-
-
-@cache
-def constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A number as a tensor of no axes, the same one every time: making one costs as much as a small operation."""
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype, device=device)

@@ -195,18 +195,16 @@ def project_token(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-def rms_norm(x, weight, eps: float | torch.Tensor, n_groups: int = 1):
+def rms_norm(x, weight, eps: float, n_groups: int = 1):
     """RMSNorm, x / sqrt(mean(x^2) + eps) * weight, over the last axis, or over n_groups equal parts of it; statistics in float32 or wider.
 
     Args:
         x: (..., size).
         weight: (size,).
-        eps: a number, or that in a tensor of no axes, in the dtype of the statistics.
     """
     wide = widen(x) if n_groups == 1 else widen(x).unflatten(-1, (n_groups, -1))
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    eps = eps if isinstance(eps, torch.Tensor) else length.new_full((), eps)
-    mean = torch.addcmul(eps, length, length, value=1 / wide.shape[-1])  # and eps: one operation
+    mean = torch.addcmul(length.new_full((), eps), length, length, value=1 / wide.shape[-1])  # and eps: one operation
     normed = wide * mean.rsqrt()
     normed = (normed if n_groups == 1 else normed.flatten(-2)) * weight
     return normed if normed.dtype is x.dtype else normed.to(x.dtype)

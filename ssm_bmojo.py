@@ -96,8 +96,8 @@ class BMojoConv1d(nn.Conv1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, channels, conv_kernel - 1 + seq_len) to (rows, channels, seq_len)."""
         if x.shape[2] == self.kernel_size[0]:  # one token
-            y = (x.transpose(1, 2) * self.weight.permute(1, 2, 0)).sum(1, keepdim=True)
-            return (y if self.bias is None else y + self.bias).transpose(1, 2)
+            y = torch.linalg.vecdot(x, self.weight.squeeze(1))
+            return (y if self.bias is None else y + self.bias).unsqueeze(-1)
         return causal_conv(x.transpose(1, 2), self.weight[:, 0], self.bias).transpose(1, 2)
 
 
@@ -121,10 +121,14 @@ class BMojoSSM(nn.Module):
         """act_fn(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
         size = self.taps - 1
         history = x.new_zeros(x.shape[0], size, x.shape[2]) if state is None else state["conv"]
-        inputs = torch.cat([history.to(x.dtype), x], 1)
+        history = history if history.dtype is x.dtype else history.to(x.dtype)
+        inputs = torch.cat([history, x], 1)
         if call.lengths is None:
             last = inputs[:, inputs.shape[1] - size :]
-            last = last.clone() if call.step is None else last  # not to keep all inputs
+            if call.step is None:
+                last = last.clone()  # not to keep all inputs
+            elif call.may_overwrite(state["conv"]):
+                last = state["conv"].copy_(last)
         else:
             last = take_rows(inputs, call.lengths[:, None] + torch.arange(size, device=x.device))
         return self.act_fn(self.conv1d(inputs.transpose(1, 2)).transpose(1, 2)), last

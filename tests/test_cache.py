@@ -515,8 +515,6 @@ def poison(cache: BMojoCache, value: float) -> int:
             slots = torch.arange(part.shape[1])
             if span == "eidetic":
                 empty = layer.state["eidetic_position"] < 0
-            elif span == "history":
-                empty = slots < part.shape[1] - cache.lengths[:, None]
             else:  # the token at position p is in slot p % size
                 empty = slots >= cache.lengths[:, None]
             part[empty] = value
