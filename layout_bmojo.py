@@ -152,6 +152,8 @@ def read_layout(
     Raises:
         ValueError: shapes do not fit, or the ways of saying it contradict each other.
     """
+    if tokens is None and position_ids is None and seq_idx is None and cu_seq_lens is None:
+        return None
     batch, seq_len = like.shape[:2]
     device = like.device
     padding = None if tokens is None else _padding_layout(tokens)

@@ -19,6 +19,11 @@ def widen(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
 
 
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in that dtype; itself, without the price of asking torch, where it is."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def no_autocast(x: torch.Tensor):
     """A context in which autocast does not turn float32 matrix products into bfloat16."""
     device = x.device.type

@@ -492,19 +492,20 @@ def cache_attention(
     if key.dtype is not query.dtype:
         key, value = key.to(query.dtype), value.to(query.dtype)
     key, value, shape = key.flatten(0, 1), value.flatten(0, 1), (-1, heads // key.shape[1], head_dim)
+    key = key.transpose(1, 2)
     if eidetic_query is None and fading_query is None:
-        scores = torch.bmm(query.reshape(shape), key.transpose(1, 2))
+        scores = torch.bmm(query.reshape(shape), key)
     else:  # a product of few queries with many keys for each: cheaper than one of all queries
         parts, near = [], key
         if eidetic_query is not None:
-            near, last = key[:, :memory], key[:, memory:]
+            near, last = key.tensor_split((memory,), 2)
             if eidetic_key is not None:
-                last = eidetic_key.transpose(1, 2).flatten(0, 1)
-            parts = [torch.bmm(eidetic_query.reshape(shape), last.transpose(1, 2))]
+                last = eidetic_key.permute(0, 2, 3, 1).flatten(0, 1)
+            parts = [torch.bmm(eidetic_query.reshape(shape), last)]
         if fading_query is not None:
-            near, far = near[:, :fading], near[:, fading:]
-            parts.insert(0, torch.bmm(fading_query.reshape(shape), far.transpose(1, 2)))
-        scores = torch.cat([torch.bmm(query.reshape(shape), near.transpose(1, 2)), *parts], -1)
+            near, far = near.tensor_split((fading,), 2)
+            parts.insert(0, torch.bmm(fading_query.reshape(shape), far))
+        scores = torch.cat([torch.bmm(query.reshape(shape), near), *parts], -1)
     weights = (scores + mask).softmax(-1)
     weights = weights if weights.dtype is value.dtype else weights.to(value.dtype)
     return torch.bmm(weights, value).view(rows, 1, heads, head_dim)

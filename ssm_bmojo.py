@@ -26,7 +26,7 @@ from .kernels_bmojo import (
 )
 from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoRMSNorm
-from .numerics_bmojo import widen
+from .numerics_bmojo import as_dtype, widen
 
 
 class BMojoDynamics(nn.Module):
@@ -121,10 +121,9 @@ class BMojoSSM(nn.Module):
         """act_fn(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
         size = self.taps - 1
         history = x.new_zeros(x.shape[0], size, x.shape[2]) if state is None else state["conv"]
-        history = history if history.dtype is x.dtype else history.to(x.dtype)
-        inputs = torch.cat([history, x], 1)
+        inputs = torch.cat([as_dtype(history, x.dtype), x], 1)
         if call.lengths is None:
-            last = inputs[:, inputs.shape[1] - size :]
+            last = inputs.narrow(1, x.shape[1], size)
             if call.step is None:
                 last = last.clone()  # not to keep all inputs
             elif call.may_overwrite(state["conv"]):
@@ -194,7 +193,7 @@ class BMojoMamba2(BMojoSSM):
             y, ssm = ssd_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.chunk_size)
         else:
             y, ssm = ssd_step(x, dt[:, 0], A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
-        y = torch.addcmul(y, D.view(self.D_shape), x.to(y.dtype)).reshape(z.shape).to(u.dtype)
+        y = as_dtype(torch.addcmul(y, D.view(self.D_shape), as_dtype(x, y.dtype)).reshape(z.shape), u.dtype)
         y = self.gated(z, y, silu_gate if call.step is None else silu_gate.definition)
         return self.out_proj(y if mlp is None else torch.cat([mlp, y], -1)), {"conv": conv, "ssm": ssm}, {}
 
@@ -248,7 +247,7 @@ class BMojoMamba(BMojoSSM):
             B, C = B.squeeze(1), C.squeeze(1)
             y, ssm = selective_step(*now, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
             y = y[:, None]
-        y = torch.addcmul(y, D, x.to(y.dtype)).to(u.dtype)
+        y = as_dtype(torch.addcmul(y, D, as_dtype(x, y.dtype)), u.dtype)
         return self.out_proj(silu_gate(z, y) if call.step is None else F.silu(z) * y), {"conv": conv, "ssm": ssm}, {}
 
 

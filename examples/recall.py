@@ -10,7 +10,8 @@ One run, or a suite of them whose results are kept and not run again:
 
 A run lasts --seconds of CPU time of its process, or --steps; the learning rate falls as a cosine over it. Models are made
 equal in parameters through the width of their MLPs (--parameters, by default as many as the B'MOJO of the task). A suite
-takes for every row the best of the learning rates of its grid, judged by --seeds' first seed, and runs the others with it.
+takes for every row the best of the learning rates of its grid, judged by --seeds' first seed and the mean accuracy over all
+lengths of its tests, and runs the others with it.
 
 Results: one JSON per run with options, parameters, floats of memory, tokens, steps, CPU seconds, and the accuracies: of all
 questions, and of those whose evidence lies within or beyond the reach of the stacked windows (layers x 2 windows); for models
@@ -412,7 +413,7 @@ def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
             return json.loads(path.read_text(encoding="utf-8"))
 
         def judge(found):
-            return next(iter(found["tests"].values()))["accuracy"]
+            return np.mean([test["accuracy"] for test in found["tests"].values()])
 
         best = max(grid, key=lambda lr: judge(result(lr, seeds[0])))
         for seed in seeds[1:]:
