@@ -241,7 +241,8 @@ class BMojoMixer(BMojoWindowAttention):
             self.fading_q_proj = BMojoLinear(config.hidden_size, size, bias=config.attention_bias)
             norm = partial(BMojoRMSNorm, config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity
             self.fading_q_norm, self.fading_k_norm = norm(), norm()
-        if self.memory and config.innovation_predictor == "learnable":
+        self.learns = bool(self.memory) and config.innovation_predictor == "learnable"
+        if self.learns:
             self.predictor = BMojoPredictor(config)
 
     def forward(self, u, call: Call, state=None):
@@ -269,7 +270,7 @@ class BMojoMixer(BMojoWindowAttention):
 
     def innovation(self, y, call: Call, state) -> dict[str, torch.Tensor]:
         """As `full_innovation`, with few operations for the usual single token."""
-        if call.step is None or torch.is_grad_enabled() or "history" not in state or hasattr(self, "predictor"):
+        if call.step is None or torch.is_grad_enabled() or "history" not in state or self.learns:
             return self.full_innovation(y, call, state)
         with no_autocast(y):
             missed = torch.baddbmm(widen(y), call.step.predictor, widen(state["history"]), alpha=-1)
@@ -326,14 +327,14 @@ class BMojoMixer(BMojoWindowAttention):
         else:
             key = self.key_heads(key)
         value = self.heads(value)
-        heads, rings = query.shape[2], key.shape[1]
+        rows, rings, heads = *key.shape[:2], query.shape[2]
         queries = [query, query] if self.memory else [query]
         if self.asks_twice:
             queries.append(self.query_heads(self.fading_q_proj(u), self.fading_q_norm))
-        key = key.view(len(key), 1, -1, self.head_dim)
+        key = key.view(rows, 1, -1, self.head_dim)
         turned = rotate.definition(torch.cat([*queries, key], 2), step.cos, step.sin)
         query, *queries, key = turned.split_with_sizes([heads] * len(queries) + [key.shape[2]], 2)
-        kept = self.put(state, call, key.view(len(key), rings, -1, self.head_dim), value)
+        kept = self.put(state, call, key.view(rows, rings, -1, self.head_dim), value)
         positions = eidetic_query = None
         fading_query = queries.pop() if self.asks_twice else None
         if self.memory:

@@ -310,7 +310,7 @@ class BMojoModel(BMojoPreTrainedModel):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq_len).")
         if not torch.compiler.is_compiling() and input_ids.numel() and input_ids.device.type != "meta":
-            ids = input_ids.flatten().tolist() if input_ids.numel() <= 16 else input_ids.aminmax()
+            ids = sum(input_ids.tolist(), []) if input_ids.numel() <= 16 else input_ids.aminmax()
             low, high = int(min(ids)), int(max(ids))
             size = self.embed_tokens.num_embeddings
             if low < 0 or high >= size:
@@ -420,12 +420,13 @@ class BMojoModel(BMojoPreTrainedModel):
         """
         phase = cache.seen_tokens % self.chunk
         start = cache.seen_tokens - phase
-        which = start, len(like), like.dtype, like.device, torch.is_inference_mode_enabled()
+        rows = like.shape[0]
+        which = start, rows, like.dtype, like.device, torch.is_inference_mode_enabled()
         if cache.steps[0] != which:
             _, scaling = rotary_frequencies(self.config)
             past = torch.arange(start, start + self.chunk, device=like.device)
             table = partial(self._rotary_table, at_least_float32(like))
-            cache.steps = which, (scaling, make_step(self.plan, past, like, table, scaling).split(len(like)))
+            cache.steps = which, (scaling, make_step(self.plan, past, like, table, scaling).split(rows))
         scaling, steps = cache.steps[1]
         return scaling, steps[phase], phase
 
@@ -438,11 +439,15 @@ class BMojoModel(BMojoPreTrainedModel):
             return self._each_layer(hidden_states, call, cache, keep_hidden)
         with torch.inference_mode():  # a tenth of a token's time would go into what autograd keeps
             hidden_states, kept, memories, states, replays = self._each_layer(hidden_states, call, cache, False)
-        states = [{name: x.clone() if x.is_inference() else x for name, x in state.items()} for state in states]
+        for state in states:
+            for name, tensor in state.items():
+                if tensor.is_inference():
+                    state[name] = tensor.clone()
         return hidden_states, kept, memories, states, replays
 
     def _each_layer(self, hidden_states, call: Call, cache, keep_hidden: bool):
         kept, memories, states, replays = [], [], [], []
+        recording = cache is not None and cache.is_recording_past()
         for layer_idx, layer in enumerate(self.layers):
             if keep_hidden:
                 kept.append(hidden_states)
@@ -452,7 +457,7 @@ class BMojoModel(BMojoPreTrainedModel):
                 if self.residual_in_fp32 and like.dtype is not layer.input_layernorm.weight.dtype:
                     like = like[:, :0].to(layer.input_layernorm.weight.dtype)
                 state = cache.layer_state(layer_idx, self.layer_types[layer_idx], like)
-                if cache.is_recording_past():
+                if recording:
                     replays.append(partial(_replay, layer, hidden_states.detach(), call, state))
             hidden_states, state, memory = layer(hidden_states, call, state)
             states.append(state)
@@ -574,9 +579,12 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             cu_seq_lens_k=cu_seq_lens_k,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, keep])
+        hidden_states = kept = outputs.last_hidden_state
+        if not isinstance(logits_to_keep, int):
+            kept = hidden_states[:, logits_to_keep]
+        elif logits_to_keep:
+            kept = hidden_states[:, -logits_to_keep:]
+        logits = self.lm_head(kept)
         if self.lm_head_multiplier != 1:
             logits = logits * self.lm_head_multiplier
 

@@ -27,6 +27,5 @@ def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def no_autocast(x: torch.Tensor):
     """A context in which autocast does not turn float32 matrix products into bfloat16."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    available = device == "cpu" or torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available and torch.is_autocast_enabled(device) else nullcontext()

@@ -148,12 +148,13 @@ def ssd_step(x, dt, A, B, C, state, in_place: bool = False):
     decay = (dt * A).exp_().view(*dt.shape, 1, 1)
     added = (x * dt.unsqueeze(-1)).view(batch * n_groups, -1, 1)
     state = state.mul_(decay) if in_place else state * decay  # contiguous, as the cache makes it
-    B, C = B.reshape(-1, 1, state_size), C.reshape(-1, state_size, 1)
+    if n_groups > 1:
+        B, C = B.reshape(-1, 1, state_size), C.reshape(-1, 1, state_size)
     if B.dtype is not dtype:
         B, C = B.to(dtype), C.to(dtype)
     grouped = state.view(batch * n_groups, -1, state_size).addcmul_(added, B)
     with no_autocast(x):
-        y = torch.bmm(grouped, C)
+        y = torch.bmm(grouped, C.transpose(1, 2))
     return y.view(x.shape), state
 
 

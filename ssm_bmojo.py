@@ -186,13 +186,15 @@ class BMojoMamba2(BMojoSSM):
         dt, A, D = self.time_step(dt, call)
         shape = u.shape[:2] if call.step is None else u.shape[:1]
         x_heads, B_heads, C_heads = self.vectors
-        x, B, C = x.reshape(*shape, *x_heads), B.reshape(*shape, *B_heads), C.reshape(*shape, *C_heads)
+        x = x.reshape(*shape, *x_heads)
+        if call.step is None or B_heads[0] > 1 or C_heads[0] > 1:  # else they have that shape
+            B, C = B.reshape(*shape, *B_heads), C.reshape(*shape, *C_heads)
         if self.repeats > 1:
             x, B = x.repeat_interleave(self.repeats, -2), B.repeat_interleave(self.repeats, -2)
         if call.step is None:
             y, ssm = ssd_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.chunk_size)
         else:
-            y, ssm = ssd_step(x, dt[:, 0], A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
+            y, ssm = ssd_step(x, dt.squeeze(1), A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
         y = as_dtype(torch.addcmul(y, D.view(self.D_shape), as_dtype(x, y.dtype)).reshape(z.shape), u.dtype)
         y = self.gated(z, y, silu_gate if call.step is None else silu_gate.definition)
         return self.out_proj(y if mlp is None else torch.cat([mlp, y], -1)), {"conv": conv, "ssm": ssm}, {}
