@@ -310,7 +310,8 @@ class BMojoModel(BMojoPreTrainedModel):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq_len).")
         if not torch.compiler.is_compiling() and input_ids.numel() and input_ids.device.type != "meta":
-            ids = sum(input_ids.tolist(), []) if input_ids.numel() <= 16 else input_ids.aminmax()
+            few = input_ids.numel() <= 16  # a reduction would cost a single token more
+            ids = [number for row in input_ids.tolist() for number in row] if few else input_ids.aminmax()
             low, high = int(min(ids)), int(max(ids))
             size = self.embed_tokens.num_embeddings
             if low < 0 or high >= size:
