@@ -23,7 +23,6 @@ from .ops_bmojo import (
     causal_conv,
     memory_attention,
     prediction_error,
-    project_token,
     rms_norm,
     rotate,
     selective_scan,
@@ -40,6 +39,16 @@ _LOG2E = math.log2(math.e)
 _ZERO = torch.zeros((), device="cpu")
 _SMALL = 2**12  # elements below which one pass of the definition costs less than a loop
 _BLOCK = 2**18  # elements of the largest temporary of a block: 1 MiB of float32, half of a usual L2 cache
+
+
+def is_plain(x) -> bool:
+    """Whether nothing looks through x: no compiler, no functional transform, no subclass of tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 class _Blocked(torch.autograd.Function):
@@ -439,15 +448,14 @@ def _conv_blocks(x, seq_len):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Projection, norm and gate
+# One row: forms for the vectors of a single token, which callers choose by themselves, for asking would cost as much
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def blocked_project_token(x, weight, bias=None):
-    """See `ops_bmojo.project_token`. For short rows MKL reads a weight at a quarter of the memory's speed on AMD's processors."""
-    usual = x.dtype is torch.float32 and weight.dtype is torch.float32
-    if not usual or not SLOW_PRODUCTS or torch.is_autocast_enabled("cpu"):
-        return project_token(x, weight, bias)
+def linear_of_row(x, weight, bias=None):
+    """`F.linear` of x (..., in_features) with one row only. For short rows MKL reads a weight at a quarter of the memory's speed on AMD's processors."""
+    if not (SLOW_PRODUCTS and _is_usual(x, weight)) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
     count, size = weight.shape
     row, rows = x.view(size), 2 * _BLOCK // size
     if count <= rows:
@@ -457,6 +465,22 @@ def blocked_project_token(x, weight, bias=None):
         y = torch.cat([torch.mul(part, row, out=_scratch.products(*part.shape)).sum(-1) for part in parts])
     y = y.view(*x.shape[:-1], count)
     return y if bias is None else y.add_(bias)
+
+
+def rms_norm_of_row(x, weight, eps: float):
+    """`ops_bmojo.rms_norm` of x (..., size) with one row only, in two operations: its length goes through Python."""
+    if not _is_usual(x, weight):
+        return rms_norm(x, weight, eps)
+    mean = torch.linalg.vector_norm(x).item() ** 2 / x.shape[-1] + eps
+    return torch.addcmul(_ZERO, x, weight, value=mean**-0.5 if mean != 0 else math.inf)
+
+
+def _is_usual(x, weight) -> bool:
+    """Whether both are plain float32 tensors on a CPU, and no gradient is recorded."""
+    usual = (
+        x.is_cpu and x.dtype is weight.dtype is torch.float32 and type(weight) in (torch.nn.Parameter, torch.Tensor)
+    )
+    return usual and not torch.is_grad_enabled() and is_plain(x)
 
 
 class _Scratch(threading.local):
@@ -471,20 +495,16 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Norm and gate
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def blocked_rms_norm(x, weight, eps: float, n_groups: int = 1):
     """See `ops_bmojo.rms_norm`."""
     if x.numel() < _SMALL:
         return rms_norm(x, weight, eps, n_groups)
     return _run(_RMSNorm, x, weight, eps=eps, n_groups=n_groups)[0]
-
-
-def rms_norm_of_row(x, weight, eps: float, n_groups: int = 1):
-    """`ops_bmojo.rms_norm` of x (..., size) with one row only, in two operations: the length goes through Python."""
-    if not x.dtype is weight.dtype is torch.float32 or torch.is_grad_enabled():
-        return rms_norm(x, weight, eps, n_groups)
-    mean = torch.linalg.vector_norm(x).item() ** 2 / x.numel() + eps
-    scale = mean**-0.5 if mean != 0 else math.inf
-    return torch.addcmul(_ZERO, x, weight, value=scale)
 
 
 def blocked_silu_gate(gate, x):

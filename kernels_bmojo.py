@@ -6,7 +6,8 @@ of ours in a checkout, a local model folder and the Hub's cache alike. `kernels/
 shadow Hugging Face's `kernels` package for every Python that starts in the repository's root.
 
 Environment variable `BMOJO_KERNELS`: "auto" (default) runs a kernel where one ships that GPUs have run before, and the tensors are on one; "torch"
-runs none; "definition" runs the definitions of `ops_bmojo` and `delta_ops_bmojo` only, not their other forms either; "triton" requires the kernel
+runs none; "definition" runs the definitions of `ops_bmojo` and `delta_ops_bmojo` only, not their other forms either, but for those of one row at the
+top of `cpu_bmojo`, which nothing asks; "triton" requires the kernel
 of every op that has one at the end of this file, on the CPU too under `TRITON_INTERPRET=1`.
 """
 
@@ -27,12 +28,12 @@ from .cpu_bmojo import (
     blocked_causal_conv,
     blocked_memory_attention,
     blocked_prediction_error,
-    blocked_project_token,
     blocked_rms_norm,
     blocked_rotate,
     blocked_selective_scan,
     blocked_silu_gate,
     blocked_ssd_scan,
+    is_plain,
 )
 from .delta_ops_bmojo import chunked_delta_scan, chunked_kalman_scan, delta_scan, kalman_scan
 from .ops_bmojo import (
@@ -40,7 +41,6 @@ from .ops_bmojo import (
     causal_conv,
     memory_attention,
     prediction_error,
-    project_token,
     rms_norm,
     rotate,
     running_selection,
@@ -176,16 +176,6 @@ def dispatch_step(definition: Callable, kernel: str) -> Callable:
     return op
 
 
-def is_plain(x) -> bool:
-    """Whether nothing looks through x: no compiler, no functional transform, no subclass of tensors."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-    )
-
-
 def _is_transformed() -> bool:
     """Whether torch.func or forward-mode derivatives look through tensors, as they can through a definition alone."""
     return not torch.compiler.is_compiling() and (
@@ -254,7 +244,6 @@ memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="
 rms_norm = dispatch(rms_norm, blocked_rms_norm)
 silu_gate = dispatch(silu_gate, blocked_silu_gate)
 rotate = dispatch(rotate, blocked_rotate)
-project_token = dispatch(project_token, blocked_project_token)
 ssd_step = dispatch_step(ssd_step, kernel="step")
 selective_step = dispatch_step(selective_step, kernel="step")
 cache_attention = dispatch_step(cache_attention, kernel="step")

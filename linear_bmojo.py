@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cpu_bmojo import SLOW_PRODUCTS
-from .kernels_bmojo import project_token
+from .cpu_bmojo import SLOW_PRODUCTS, linear_of_row
 
 
 # weights for which choosing a formulation pays: rows no longer than, and more entries than
@@ -19,5 +18,5 @@ class BMojoLinear(nn.Linear):
         if SLOW_PRODUCTS and not torch.is_grad_enabled():
             size = self.in_features
             if x.numel() == size <= _ROW and size * self.out_features > _ENTRIES:
-                return project_token(x, self.weight, self.bias)
+                return linear_of_row(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)

@@ -25,7 +25,8 @@ from .attention_bmojo import MIXER_CLASSES, BMojoPredictor
 from .cache_bmojo import BMojoCache, cache_bytes
 from .call_bmojo import Call, PackedCall, make_step, step_plan
 from .configuration_bmojo import AUTO_MAP, BMojoConfig
-from .kernels_bmojo import attach, copy_kernels, is_plain, silu_gate
+from .cpu_bmojo import is_plain
+from .kernels_bmojo import attach, copy_kernels, silu_gate
 from .layout_bmojo import PackedLayout, read_layout, read_mask
 from .linear_bmojo import BMojoLinear
 from .norms_bmojo import BMojoLayerNorm, BMojoRMSNorm, block_norm

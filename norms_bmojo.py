@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cpu_bmojo import rms_norm_of_row
-from .kernels_bmojo import is_plain, rms_norm
+from .kernels_bmojo import rms_norm
 from .numerics_bmojo import widen
 
 
@@ -18,12 +18,11 @@ class BMojoRMSNorm(nn.Module):
         self.eps, self.n_groups = eps, n_groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, form = self.weight, rms_norm
-        if x.shape[1] == 1:
-            form = rms_norm.definition  # choosing would cost a single token as much
-            if weight is not None and self.n_groups == 1 and x.numel() == weight.numel() and x.is_cpu and is_plain(x):
-                form = rms_norm_of_row
-        return form(x, x.new_ones(x.shape[-1]) if weight is None else weight, self.eps, self.n_groups)
+        weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
+        if self.n_groups == 1 and x.numel() == weight.numel():
+            return rms_norm_of_row(x, weight, self.eps)
+        form = rms_norm if x.shape[1] > 1 else rms_norm.definition  # choosing would cost a single token as much
+        return form(x, weight, self.eps, self.n_groups)
 
 
 class BMojoLayerNorm(nn.LayerNorm):

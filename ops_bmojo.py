@@ -191,11 +191,6 @@ def causal_conv(x, weight, bias=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def project_token(x, weight, bias=None):
-    """A linear layer for one token: x (..., in_features) with as many elements, weight (out_features, in_features)."""
-    return F.linear(x, weight, bias)
-
-
 def rms_norm(x, weight, eps: float, n_groups: int = 1):
     """RMSNorm, x / sqrt(mean(x^2) + eps) * weight, over the last axis, or over n_groups equal parts of it; statistics in float32 or wider.
 

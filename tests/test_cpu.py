@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from bmojo import cpu_bmojo, kernels_bmojo, linear_bmojo
+from bmojo import cpu_bmojo, kernels_bmojo, linear_bmojo, ops_bmojo
 from bmojo.cache_bmojo import BMojoCache
 
 
@@ -929,7 +929,7 @@ def test_a_stream_is_the_definitions_stream(cut, models, monkeypatch, name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One token's projections
+# One row: projections and norms of a single token
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -953,7 +953,7 @@ def test_projection_of_one_token_is_as_exact_as_torch(slow_products, shape, rows
     if strided:
         x, weight = torch.stack([x, x], -1)[..., 0], torch.cat([weight, weight], 1)[:, 48:]
     with torch.no_grad():
-        got, plain = kernels_bmojo.project_token(x, weight, bias), F.linear(x, weight, bias)
+        got, plain = cpu_bmojo.linear_of_row(x, weight, bias), F.linear(x, weight, bias)
     assert got.shape == want.shape
     assert got.dtype is torch.float32
     assert rel_error(got, want) <= 2 * rel_error(plain, want) + 1e-7
@@ -964,11 +964,11 @@ def test_projections_keep_what_they_returned(slow_products):
     random = randoms(0)
     x, weight = random(1, 1, 48).float(), random(97, 48).float()
     with torch.inference_mode():
-        first = kernels_bmojo.project_token(x, weight)
+        first = cpu_bmojo.linear_of_row(x, weight)
         kept = first.clone()
-        kernels_bmojo.project_token(-2 * x, weight)
+        cpu_bmojo.linear_of_row(-2 * x, weight)
     with torch.no_grad():  # memory made in inference mode could not be written now
-        kernels_bmojo.project_token(3 * x, weight)
+        cpu_bmojo.linear_of_row(3 * x, weight)
     assert torch.equal(first, kept)
 
 
@@ -977,10 +977,10 @@ def test_projections_in_other_dtypes_are_torch_s(slow_products, dtype):
     random = randoms(0)
     x, weight = random(1, 1, 48).to(dtype), random(97, 48).to(dtype)
     with torch.no_grad():
-        assert torch.equal(kernels_bmojo.project_token(x, weight), F.linear(x, weight))
+        assert torch.equal(cpu_bmojo.linear_of_row(x, weight), F.linear(x, weight))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             want = F.linear(x.float(), weight.float())
-            got = kernels_bmojo.project_token(x.float(), weight.float())
+            got = cpu_bmojo.linear_of_row(x.float(), weight.float())
     assert got.dtype is want.dtype is torch.bfloat16
     assert torch.equal(got, want)
 
@@ -989,8 +989,8 @@ def test_generation_on_either_kind_of_processor(models, slow_products, monkeypat
     """Whole model, token by token, with every projection large enough to choose."""
     monkeypatch.setattr(linear_bmojo, "_ENTRIES", 0)
     calls = []
-    chosen = linear_bmojo.project_token
-    monkeypatch.setattr(linear_bmojo, "project_token", lambda *args: calls.append(args) or chosen(*args))
+    chosen = linear_bmojo.linear_of_row
+    monkeypatch.setattr(linear_bmojo, "linear_of_row", lambda *args: calls.append(args) or chosen(*args))
     model = models("every_layer").float()
     ids = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(1))
     cache = BMojoCache(model.config)
@@ -999,3 +999,56 @@ def test_generation_on_either_kind_of_processor(models, slow_products, monkeypat
         got = torch.cat([model(token, cache=cache).logits for token in ids.split(1, 1)], 1)
     assert rel_error(got, want) < 1e-5
     assert bool(calls) == slow_products
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 48), (48,)], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1, 1e15])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_norm_of_one_row_is_as_exact_as_the_definition(shape, size, mode):
+    random = randoms(0)
+    x, weight = size * random(*shape), torch.nn.Parameter(random(48).float())
+    want = ops_bmojo.rms_norm(x.float().double(), weight.double(), 1e-6)
+    with mode():
+        got, plain = cpu_bmojo.rms_norm_of_row(x.float(), weight, 1e-6), ops_bmojo.rms_norm(x.float(), weight, 1e-6)
+    assert got.shape == want.shape
+    assert got.dtype is torch.float32
+    assert got.requires_grad == (mode is torch.enable_grad)
+    assert rel_error(got, want) <= 2 * rel_error(plain, want) + 1e-7
+
+
+@pytest.mark.parametrize("entry", [torch.nan, torch.inf, 0.0])
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_norm_of_one_row_shows_what_is_not_finite(entry, eps):
+    x, weight = torch.full((1, 1, 8), entry), torch.ones(8)
+    with torch.no_grad():
+        got, want = cpu_bmojo.rms_norm_of_row(x, weight, eps), ops_bmojo.rms_norm(x, weight, eps)
+    assert torch.equal(got.isfinite(), want.isfinite())
+    assert got.isfinite().all() == (entry == 0 and eps > 0)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float64,) * 2, (torch.float32, torch.bfloat16)]
+)
+def test_norm_of_one_row_in_other_dtypes_is_the_definition(dtypes):
+    random = randoms(0)
+    x, weight = random(1, 1, 48).to(dtypes[0]), random(48).to(dtypes[1])
+    with torch.no_grad():
+        got, want = cpu_bmojo.rms_norm_of_row(x, weight, 1e-6), ops_bmojo.rms_norm(x, weight, 1e-6)
+    assert got.dtype is want.dtype
+    assert torch.equal(got, want)
+
+
+def test_forms_of_one_row_stand_back_where_something_looks_through():
+    """torch.func and subclasses of tensors see operations that they know."""
+    x, weight = randoms(0)(1, 48).float(), torch.ones(48)
+
+    class Named(torch.Tensor):
+        pass
+
+    with torch.no_grad():
+        want = ops_bmojo.rms_norm(x, weight, 1e-6)
+        batched = torch.func.vmap(lambda row: cpu_bmojo.rms_norm_of_row(row[None], weight, 1e-6))(x)
+        torch.testing.assert_close(batched[0], want)
+        named = cpu_bmojo.rms_norm_of_row(x, weight.as_subclass(Named), 1e-6)
+        assert type(named) is Named
+        torch.testing.assert_close(named.as_subclass(torch.Tensor), want)
