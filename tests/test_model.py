@@ -664,9 +664,8 @@ def test_a_stream_may_be_anywhere(make, variant, far, even):
     _, _, cache = stream(model, ids[:, :31], [])
     _, _, moved = stream(model, ids[:, :31], [])
     slots = memory_slots(config, "bmojo")
-    shift = (
-        far // (unit := math.lcm(slots["window"].stop, 2 * config.sliding_window, config.eidetic_chunk_size)) * unit
-    )
+    rings = slots["window"].stop, 2 * config.sliding_window, config.eidetic_chunk_size, config.innovation_kernel
+    shift = far // math.lcm(*rings) * math.lcm(*rings)
     turn = rotary_table(torch.tensor([[shift]]), *rotary_frequencies(config), torch.float32)
     moved.lengths += shift
     moved.even = even
