@@ -192,14 +192,13 @@ class BMojoWindowAttention(BMojoAttention):
 
     def attend_to_cache(self, state, call: Call, query, eidetic_query=None, fading_query=None):
         """The mix of values for one query of each row, (rows, 1, heads, head_dim); queries are scaled already."""
+        key, value, mask, near = state["key"], state["value"], call.step.mask[self.layer_type], call.step.near
+        if near is not None:
+            return cache_attention(query, key.narrow(2, 0, near), value.narrow(2, 0, near), mask)
         eidetic_key = None
         if eidetic_query is not None and self.ranked:
             eidetic_key = self.eidetic_key(self.in_cache(state, "key", "eidetic").to(query.dtype), call)
-        return cache_attention(
-            *(query, state["key"], state["value"], call.step.mask[self.layer_type]),
-            *(eidetic_query, fading_query, eidetic_key),
-            **self.first_slots,
-        )
+        return cache_attention(query, key, value, mask, eidetic_query, fading_query, eidetic_key, **self.first_slots)
 
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""

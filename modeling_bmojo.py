@@ -427,8 +427,9 @@ class BMojoModel(BMojoPreTrainedModel):
         if cache.steps[0] != which:
             _, scaling = rotary_frequencies(self.config)
             past = torch.arange(start, start + self.chunk, device=like.device)
-            table = partial(self._rotary_table, at_least_float32(like))
-            cache.steps = which, (scaling, make_step(self.plan, past, like, table, scaling).split(rows))
+            step = make_step(self.plan, past, like, partial(self._rotary_table, at_least_float32(like)), scaling)
+            short = start + self.chunk <= self.plan.sliding_window and like.is_cpu
+            cache.steps = which, (scaling, step.split(rows, start + self.chunk if short else None))
         scaling, steps = cache.steps[1]
         return scaling, steps[phase], phase
 

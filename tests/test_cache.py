@@ -170,12 +170,12 @@ def test_bytes(tiny_model, changes, rows, dtype):
     config, cache = model.config, BMojoCache(model.config)
     assert cache.num_bytes() == 0
     grows = bool({"full_attention", "hybrid"} & set(config.layers_block_type))
-    found, tables = [], set()
+    found, tables = [], []
     for calls in ([1], [1, WINDOW - 2], [WINDOW], [2 * WINDOW, 1, 16 * WINDOW - 1]):
         read(model, cache, random_ids(rows, sum(calls)), calls)
         seen = cache.get_seq_length()
         steps = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors_within(cache.steps))
-        tables.add(steps)  # of the positions in a chunk: no state, and the same for all rows
+        tables.append(steps)  # of the positions in a chunk: no state, and the same for all rows
         held = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors_within(cache)) - steps
         assert (
             cache.num_bytes()
@@ -186,7 +186,8 @@ def test_bytes(tiny_model, changes, rows, dtype):
         found.append((seen, held))
     assert [seen for seen, _ in found] == [1, WINDOW, 2 * WINDOW, 20 * WINDOW]
     assert len({held for _, held in found}) == (4 if grows else 1)
-    assert len(tables) == 1
+    assert tables == sorted(tables)  # smaller while nothing has left the window
+    assert len(set(tables)) <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
