@@ -21,6 +21,7 @@ _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on
     "position_embedding_type rope_interleave key_multiplier attention_conv_kernel fading_query "
     "use_short_conv use_v_conv"
 ).split()
+_FORMAT = "bmojo-cache-3"  # of saved caches
 GROWING = ("full_key", "full_value")  # the tensors of a state that hold every column seen
 _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and further while the log holds fewer tokens
 
@@ -319,6 +320,10 @@ class BMojoCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
+    def __getstate__(self):
+        """Without the tables of the current chunk: views, of which every one would take all its memory along."""
+        return self.__dict__ | {"steps": (None, None)}
+
     def __deepcopy__(self, memo) -> "BMojoCache":
         """A copy with tensors of its own, and an empty log: it can't be rolled back behind the copy."""
         twin = type(self)(self.config, self.max_cache_len)
@@ -398,7 +403,7 @@ class BMojoCache(Cache):
         if self.lengths is None:
             raise ValueError("The cache is empty: run the model with cache=cache before save().")
         metadata = {
-            "format": "bmojo-cache-3",
+            "format": _FORMAT,
             "seen_tokens": str(self.seen_tokens),
             "max_cache_len": json.dumps(self.max_cache_len),
             "config": json.dumps({name: getattr(self.config, name) for name in _FINGERPRINT}),
@@ -423,8 +428,11 @@ class BMojoCache(Cache):
             raise ValueError(f"{path} was not written by BMojoCache.save: {error}") from error
         with opened as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "bmojo-cache-3":
-                raise ValueError(f"{path} was not written by BMojoCache.save.")
+            found = metadata.get("format", "")
+            if found != _FORMAT:
+                older = found.startswith("bmojo-cache-")
+                why = f"holds a cache of another version ({found}, not {_FORMAT}): read its text again"
+                raise ValueError(f"{path} {why if older else 'was not written by BMojoCache.save'}.")
             if differing := _differences(json.loads(metadata["config"]), config):
                 raise ValueError(f"{path} belongs to a model with another configuration: {differing}.")
             cache = cls(config, max_cache_len=json.loads(metadata["max_cache_len"]))

@@ -32,9 +32,7 @@ from .ops_bmojo import (
 
 
 # whether this processor is one on which MKL multiplies a matrix and a vector far from the memory's speed
-SLOW_PRODUCTS = torch.backends.mkl.is_available() and torch.cpu.get_capabilities().get("cpu_name", "").startswith(
-    "AMD"
-)
+SLOW_PRODUCTS = torch.backends.mkl.is_available() and "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
 _LOG2E = math.log2(math.e)
 _ZERO = torch.zeros((), device="cpu")
 _SMALL = 2**12  # elements below which one pass of the definition costs less than a loop

@@ -96,7 +96,7 @@ class BMojoConv1d(nn.Conv1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, channels, conv_kernel - 1 + seq_len) to (rows, channels, seq_len)."""
         if x.shape[2] == self.kernel_size[0]:  # one token
-            y = torch.linalg.vecdot(x, self.weight.squeeze(1))
+            y = (x * self.weight.squeeze(1)).sum(-1)
             return (y if self.bias is None else y + self.bias).unsqueeze(-1)
         return causal_conv(x.transpose(1, 2), self.weight[:, 0], self.bias).transpose(1, 2)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from functools import partial
 
 import pytest
@@ -376,9 +377,23 @@ def test_load_refuses_other_files(tiny_config, tmp_path):
     cache.save(tmp_path / "cache.safetensors")
     tensors = load_file(tmp_path / "cache.safetensors")
     save_file(tensors, tmp_path / "older.safetensors", {"format": "bmojo-cache-1"})  # laid out in another way
-    for name in ("weights.safetensors", "notes.safetensors", "older.safetensors"):
+    for name in ("weights.safetensors", "notes.safetensors"):
         with pytest.raises(ValueError, match=f"{name} was not written by BMojoCache.save"):
             BMojoCache.load(tmp_path / name, tiny_config())
+    with pytest.raises(
+        ValueError, match=r"another version \(bmojo-cache-1, not bmojo-cache-\d\): read its text again"
+    ):
+        BMojoCache.load(tmp_path / "older.safetensors", tiny_config())
+
+
+def test_a_pickled_cache_goes_on(tiny_model):
+    """As other processes get it: without the tables of its chunk, which are many views of a few tensors."""
+    model, ids = tiny_model(**MIXED), random_ids(1, 12)
+    cache = BMojoCache(model.config)
+    read(model, cache, ids[:, :9], [7, 1, 1])
+    taken = pickle.loads(pickle.dumps(cache))
+    assert len(pickle.dumps(cache)) < 2 * cache.num_bytes() + 50_000
+    assert_close(read(model, taken, ids[:, 9:], [1, 2]), read(model, cache, ids[:, 9:], [1, 2]))
 
 
 def test_an_empty_cache_is_not_saved(tiny_config, tmp_path):
