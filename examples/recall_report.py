@@ -16,7 +16,7 @@ import numpy as np
 def read_rows(folder: Path) -> dict[str, list[dict]]:
     """Row name to its results at the chosen learning rate, one per seed.
 
-    The chosen rate is the one that most seeds were run with; where a single seed is there, the most accurate one.
+    The chosen rate is the one that most seeds were run with; where a single seed is there, the most accurate one over all lengths.
     """
     rows = {}
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -25,7 +25,7 @@ def read_rows(folder: Path) -> dict[str, list[dict]]:
             result = json.loads(path.read_text(encoding="utf-8"))
             by_rate.setdefault(result["run"]["lr"], []).append(result)
         if by_rate:
-            rows[place.name] = max(by_rate.values(), key=lambda found: (len(found), np.mean(accuracies(found)[0])))
+            rows[place.name] = max(by_rate.values(), key=lambda found: (len(found), np.mean(accuracies(found))))
     return rows
 
 
