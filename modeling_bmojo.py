@@ -449,6 +449,7 @@ class BMojoModel(BMojoPreTrainedModel):
         return hidden_states, kept, memories, states, replays
 
     def _each_layer(self, hidden_states, call: Call, cache, keep_hidden: bool):
+        """As `_run_layers`, in the mode that is on."""
         kept, memories, states, replays = [], [], [], []
         recording = cache is not None and cache.is_recording_past()
         for layer_idx, layer in enumerate(self.layers):
