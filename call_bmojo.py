@@ -11,7 +11,7 @@ from torch import nn
 from .cache_bmojo import memory_slots
 from .configuration_bmojo import SSM_TYPES
 from .layout_bmojo import PackedLayout, Rows
-from .numerics_bmojo import at_least_float32
+from .numerics_bmojo import as_dtype, at_least_float32
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Call:
 
     def put(self, state: torch.Tensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """The state with `new` scattered at `index` along `dim`, for rows that have a token."""
-        new = new if new.dtype is state.dtype else new.to(state.dtype)
+        new = as_dtype(new, state.dtype)
         if self.lengths is not None:
             wanted = (self.lengths > 0).view(-1, *[1] * (state.dim() - 1))
             new = torch.where(wanted, new, state.gather(dim, index))

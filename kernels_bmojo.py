@@ -6,8 +6,8 @@ of ours in a checkout, a local model folder and the Hub's cache alike. `kernels/
 shadow Hugging Face's `kernels` package for every Python that starts in the repository's root.
 
 Environment variable `BMOJO_KERNELS`: "auto" (default) runs a kernel where one ships that GPUs have run before, and the tensors are on one; "torch"
-runs none; "definition" runs the definitions of `ops_bmojo` and `delta_ops_bmojo` only, not their other forms either, but for those of one row at the
-top of `cpu_bmojo`, which nothing asks; "triton" requires the kernel
+runs none; "definition" runs the definitions of `ops_bmojo` and `delta_ops_bmojo` only, not their other forms either, but for those of one
+row in `cpu_bmojo`, which are not chosen here; "triton" requires the kernel
 of every op that has one at the end of this file, on the CPU too under `TRITON_INTERPRET=1`.
 """
 

@@ -311,8 +311,7 @@ class BMojoModel(BMojoPreTrainedModel):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq_len).")
         if not torch.compiler.is_compiling() and input_ids.numel() and input_ids.device.type != "meta":
-            few = input_ids.numel() <= 16  # a reduction would cost a single token more
-            ids = [number for row in input_ids.tolist() for number in row] if few else input_ids.aminmax()
+            ids = input_ids.flatten().tolist() if input_ids.numel() <= 16 else input_ids.aminmax()
             low, high = int(min(ids)), int(max(ids))
             size = self.embed_tokens.num_embeddings
             if low < 0 or high >= size:
@@ -371,7 +370,7 @@ class BMojoModel(BMojoPreTrainedModel):
         any_mode = compiling or torch.is_inference_mode_enabled()
         single = past is not None and seq_len == 1
         if single and cache.even and lengths is None and not compiling and not torch.is_grad_enabled():
-            scaling, step, lead = self._prepared_step(like, cache)
+            scaling, step, lead = self._prepared_step(like, cache, table)
             positions = past[:, None]
             cos, sin = table(positions) if self.plan.turns_alone else (None, None)
             return Call(
@@ -415,7 +414,7 @@ class BMojoModel(BMojoPreTrainedModel):
             cos = F.pad(cos, (0, self.plan.head_dim - cos.shape[-1]), value=1.0)
         return (cos, -sin) if inverse else (cos, sin)
 
-    def _prepared_step(self, like, cache):
+    def _prepared_step(self, like, cache, table):
         """For one token of rows that are all as far: the factor on the rotary table, the step, and how far it is in its chunk.
 
         The steps of a chunk are worked out together, and kept in the cache.
@@ -427,7 +426,7 @@ class BMojoModel(BMojoPreTrainedModel):
         if cache.steps[0] != which:
             _, scaling = rotary_frequencies(self.config)
             past = torch.arange(start, start + self.chunk, device=like.device)
-            step = make_step(self.plan, past, like, partial(self._rotary_table, at_least_float32(like)), scaling)
+            step = make_step(self.plan, past, like, table, scaling)
             short = start + self.chunk <= self.plan.sliding_window and like.is_cpu
             cache.steps = which, (scaling, step.split(rows, start + self.chunk if short else None))
         scaling, steps = cache.steps[1]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .numerics_bmojo import at_least_float32, no_autocast, widen
+from .numerics_bmojo import as_dtype, at_least_float32, no_autocast, widen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def rms_norm(x, weight, eps: float, n_groups: int = 1):
     mean = torch.addcmul(length.new_full((), eps), length, length, value=1 / wide.shape[-1])  # and eps: one operation
     normed = wide * mean.rsqrt()
     normed = (normed if n_groups == 1 else normed.flatten(-2)) * weight
-    return normed if normed.dtype is x.dtype else normed.to(x.dtype)
+    return as_dtype(normed, x.dtype)
 
 
 def silu_gate(gate, x):
@@ -332,7 +332,7 @@ def rotate(x, cos, sin):
         front = wide[..., :width]
         front = torch.addcmul(front * cos[..., :width], front.roll(width // 2, -1), sin)
         turned = torch.cat([front, wide[..., width:] * cos[..., width:]], -1)
-    return turned if turned.dtype is x.dtype else turned.to(x.dtype)
+    return as_dtype(turned, x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -502,8 +502,7 @@ def cache_attention(
             near, far = near.tensor_split((fading,), 2)
             parts.insert(0, torch.bmm(fading_query.reshape(shape), far))
         scores = torch.cat([torch.bmm(query.reshape(shape), near), *parts], -1)
-    weights = (scores + mask).softmax(-1)
-    weights = weights if weights.dtype is value.dtype else weights.to(value.dtype)
+    weights = as_dtype((scores + mask).softmax(-1), value.dtype)
     return torch.bmm(weights, value).view(rows, 1, heads, head_dim)
 
 
