@@ -31,8 +31,9 @@ from .ops_bmojo import (
 )
 
 
-# whether this processor is one on which MKL multiplies a matrix and a vector far from the memory's speed
-SLOW_PRODUCTS = torch.backends.mkl.is_available() and "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+_CPU = torch.cpu.get_capabilities()
+# whether MKL multiplies a matrix and a vector more slowly than sums of products do, as on AMD's processors from Zen 4 on
+SLOW_PRODUCTS = torch.backends.mkl.is_available() and "AMD" in _CPU.get("cpu_name", "") and _CPU.get("avx512_f", False)
 _LOG2E = math.log2(math.e)
 _ZERO = torch.zeros((), device="cpu")
 _SMALL = 2**12  # elements below which one pass of the definition costs less than a loop
