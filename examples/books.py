@@ -2,6 +2,7 @@ r"""Train models of equal size on books at one length, and measure their loss at
 
     python examples/books.py --data ../shared/data/pg19 --output runs/books            # hours on one core; goes on where it stopped
     python examples/books.py --data ../shared/data/pg19 --output runs/books --models bmojo attention --steps 200
+    python examples/books.py --data ../shared/data/pg19 --output runs/choices --trained .   # what a trained model's memory gives it
 
 Every model is trained by pretrain.py on the same windows in the same order, with the same number of parameters (the
 widths of the MLPs are solved for it), from the books in --data/train. Then books of --data/validation are read from
@@ -11,6 +12,9 @@ their first token on, once, through the cache, and every token is predicted from
     rare repeated pairs   the loss of tokens whose pair with the token before is (nearly) absent from the training text and has
                           occurred in this book: within the reach of the stacked windows (layers x 2 windows), or only
                           beyond it. Names mostly. "first" is the loss at first occurrences: how much is gained by memory.
+
+With --trained nothing is trained: that model reads the books as it is, and again with its eidetic memory filled by
+each of the other choices, and with none.
 
 Results go to --output: <model>/final (the model), <model>.json, books.json, books.png.
 """
@@ -27,6 +31,7 @@ import numpy as np
 import torch
 from common import ROOT, find_text_files, load_model, read_text
 from evaluate import token_bits
+from pretrain import tokenize_files
 from recall import Run, build
 
 
@@ -53,6 +58,11 @@ MODELS = {  # name to a model of recall.py and fields of its config
     "mamba2": ("mamba2", {}),
     "sliding": ("sliding", {}),
     "attention": ("attention", {}),
+}
+CHOICES = {  # of what a trained model's memory holds: fields of its config
+    "innovation": {},
+    **{choice: {"innovation_predictor": choice} for choice in ("random", "recent", "oldest")},
+    "none": {"eidetic_size": 0},
 }
 LAYERS = 4
 RARE = 1  # occurrences of a pair in the training text, at most
@@ -113,18 +123,24 @@ def distances(ids: np.ndarray) -> np.ndarray:
     return found
 
 
-def measure(folder: Path, books: list[Path], common: np.ndarray, args: argparse.Namespace) -> dict:
+def common_pairs(tokens: Path) -> np.ndarray:
+    """Keys of the pairs that occur more than RARE times in a file of tokens."""
+    keys, counts = np.unique(pair_keys(np.fromfile(tokens, dtype=np.uint16)), return_counts=True)
+    return keys[counts > RARE]
+
+
+def measure(model, tokenizer, name: str, books: list[Path], common: np.ndarray, args: argparse.Namespace) -> dict:
     """Losses in nats, per book.
 
     Args:
-        folder: of the model.
+        model, tokenizer: what reads.
+        name: to show.
         books: texts; those shorter than args.length tokens are left out.
         common: keys of the pairs that training saw more than RARE times.
         args: options.
     """
-    model, tokenizer = load_model(str(folder))
     edges = [0, 256] + [2**power for power in range(9, 1 + int(math.log2(args.length)))]
-    reach = LAYERS * 2 * SIZES["sliding_window"]
+    reach = model.config.num_hidden_layers * 2 * model.config.sliding_window
     names = [f"{low}-{high}" for low, high in itertools.pairwise(edges)]
     result = {
         "positions": {name: [] for name in names},
@@ -147,17 +163,55 @@ def measure(folder: Path, books: list[Path], common: np.ndarray, args: argparse.
             values = nats[chosen & is_rare]
             result["rare"][name].append([float(values.sum()), len(values)])
         result["books"].append(path.name)
-        print(f"\r{folder.parent.name}: {len(result['books'])} books", end="", file=sys.stderr, flush=True)
+        print(f"\r{name}: {len(result['books'])} books", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    return result | {"parameters": model.num_parameters(), "reach": reach, "edges": edges}
+
+
+def compare_models(books: list[Path], args: argparse.Namespace) -> dict[str, dict]:
+    """Train and measure the models of --models that have no results yet."""
+    output, common, results = Path(args.output), None, {}
+    for name in args.models:
+        folder = train(name, args)
+        record = output / f"{name}.json"
+        if not record.exists():
+            if common is None:
+                common = common_pairs(next(folder.parent.glob("tokens-*.uint16")))
+            found = measure(*load_model(str(folder)), name, books, common, args)
+            record.write_text(json.dumps(found | training_of(folder)) + "\n", encoding="utf-8")
+        results[name] = json.loads(record.read_text(encoding="utf-8"))
+        print(summarise(results), flush=True)
+    return results
+
+
+def training_of(folder: Path) -> dict:
+    """Tokens and seconds of the training that made a model."""
     with open(folder.parent / "log.jsonl", encoding="utf-8") as file:
         log = [json.loads(line) for line in file]
     last = [entry for entry in log if "tokens" in entry][-1]
-    return result | {
-        "parameters": model.num_parameters(),
-        "tokens": last["tokens"],
-        "training_seconds": last["seconds"],
-        "edges": edges,
-    }
+    return {"tokens": last["tokens"], "training_seconds": last["seconds"]}
+
+
+def compare_choices(books: list[Path], args: argparse.Namespace) -> dict[str, dict]:
+    """Measure the model --trained with its memory filled by every choice that has no results yet."""
+    model, tokenizer = load_model(args.trained)
+    config = model.config
+    if not getattr(config, "eidetic_size", 0):
+        raise SystemExit(f"{args.trained} has no eidetic memory, so there is nothing to choose.")
+    output, results = Path(args.output), {}
+    common = common_pairs(tokenize_files(find_text_files(Path(args.data) / "train"), tokenizer, output))
+    for name, fields in CHOICES.items():
+        record = output / f"{name}.json"
+        if not record.exists():
+            changed = type(model)(type(config).from_dict(config.to_dict() | fields))
+            changed.load_state_dict(
+                {key: weight for key, weight in model.state_dict().items() if key in changed.state_dict()}
+            )
+            found = measure(changed.to(model.device).eval(), tokenizer, name, books, common, args)
+            record.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        results[name] = json.loads(record.read_text(encoding="utf-8"))
+        print(summarise(results), flush=True)
+    return results
 
 
 def summarise(results: dict[str, dict]) -> str:
@@ -174,8 +228,8 @@ def summarise(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, dict], seq_len: int, target: Path):
-    """Draw loss over position, and that of the rare pairs."""
+def plot(results: dict[str, dict], seq_len: int | None, target: Path):
+    """Draw loss over position, and that of the rare pairs. A line stands at seq_len, the length of training."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -187,8 +241,9 @@ def plot(results: dict[str, dict], seq_len: int, target: Path):
         edges = result["edges"]
         middle = [math.sqrt(max(low, 128) * high) for low, high in itertools.pairwise(edges)]
         left.plot(middle, [np.mean(values) for values in result["positions"].values()], marker="o", ms=3, label=model)
-    left.axvline(seq_len, color="grey", ls=":", lw=1)
-    left.annotate(" trained up to here", (seq_len, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+    if seq_len:
+        left.axvline(seq_len, color="grey", ls=":", lw=1)
+        left.annotate(" trained up to here", (seq_len, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
     left.set(xscale="log", xlabel="position in the book (tokens)", ylabel="loss (nats per token)")
     left.legend(fontsize=8)
     places = np.arange(3)
@@ -209,6 +264,7 @@ def main():
     parser.add_argument("--data", required=True, help="folder with train and validation")
     parser.add_argument("--output", default="runs/books")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--trained", help="folder or Hub id of a model to measure as it is and with other choices")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a training window (default 2048)")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1500)
@@ -220,23 +276,12 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    output, results = Path(args.output), {}
+    output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     books = find_text_files(Path(args.data) / "validation")
-    common = None
-    for name in args.models:
-        folder = train(name, args)
-        record = output / f"{name}.json"
-        if not record.exists():
-            if common is None:
-                tokens = np.fromfile(next(folder.parent.glob("tokens-*.uint16")), dtype=np.uint16)
-                keys, counts = np.unique(pair_keys(tokens), return_counts=True)
-                common = keys[counts > RARE]
-            record.write_text(json.dumps(measure(folder, books, common, args)) + "\n", encoding="utf-8")
-        results[name] = json.loads(record.read_text(encoding="utf-8"))
-        print(summarise(results), flush=True)
+    results = compare_choices(books, args) if args.trained else compare_models(books, args)
     (output / "books.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot(results, args.seq_len, output / "books.png")
+    plot(results, None if args.trained else args.seq_len, output / "books.png")
 
 
 if __name__ == "__main__":

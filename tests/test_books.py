@@ -16,7 +16,7 @@ sys.path.append(str(ROOT / "examples"))
 
 import books  # noqa: E402
 import recall_report  # noqa: E402
-from common import save_tokenizer  # noqa: E402
+from common import load_model, save_tokenizer  # noqa: E402
 from pretrain import build_model, get_class_from_dynamic_module  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
@@ -64,9 +64,11 @@ def trained(tmp_path):
 def test_what_is_measured(trained):
     args = argparse.Namespace(length=1024, seq_len=256, max_books=5)
     text = [trained / "book.txt", trained / "short.txt"]
-    everything = books.measure(trained / "m" / "final", text, np.array([], dtype=np.int64), args)
+    model, tokenizer = load_model(str(trained / "m" / "final"))
+    everything = books.measure(model, tokenizer, "m", text, np.array([], dtype=np.int64), args)
     assert everything["books"] == ["book.txt"]
-    assert everything["tokens"] == 12
+    assert everything["reach"] == 16
+    assert books.training_of(trained / "m" / "final") == {"tokens": 12, "training_seconds": 1.5}
     assert list(everything["positions"]) == ["0-256", "256-512", "512-1024"]
     total = sum(
         (high - low) * values[0]
@@ -78,14 +80,47 @@ def test_what_is_measured(trained):
     assert sum(counts) == 1024
     assert sum(values[0][0] for values in everything["rare"].values()) == pytest.approx(total)
     assert total / 1024 == pytest.approx(math.log(4096), rel=0.2)  # it knows nothing
-    ids = AutoTokenizer.from_pretrained(str(ROOT), trust_remote_code=True)(text[0].read_text())["input_ids"][:1024]
-    nothing = books.measure(trained / "m" / "final", text, np.unique(books.pair_keys(np.array([0, *ids]))), args)
+    ids = tokenizer(text[0].read_text())["input_ids"][:1024]
+    nothing = books.measure(model, tokenizer, "m", text, np.unique(books.pair_keys(np.array([0, *ids]))), args)
     left = sum(values[0][1] for values in nothing["rare"].values())
     assert left <= 1  # the pair of the end-of-text token with the first word
     table = books.summarise({"m": everything})
     assert f"{everything['positions']['256-512'][0]:.3f}" in table
     books.plot({"m": everything, "n": nothing}, 256, trained / "books.png")
     assert (trained / "books.png").stat().st_size > 10_000
+
+
+def test_choices_of_a_trained_model(trained, capsys):
+    """The same weights read with their own memory, with what other choices put into it, and without one."""
+    for part in ("train", "validation"):
+        (trained / part).mkdir()
+        (trained / part / "book.txt").write_text(
+            (trained / "book.txt").read_text()[: 9000 if part == "train" else None]
+        )
+    args = argparse.Namespace(
+        data=str(trained), output=str(trained / "out"), trained=str(trained / "m" / "final"), length=1024, seq_len=256, max_books=5
+    )  # fmt: skip
+    (trained / "out").mkdir()
+    text = [trained / "validation" / "book.txt"]
+    results = books.compare_choices(text, args)
+    assert list(results) == ["innovation", "random", "recent", "oldest", "none"]
+    losses = {name: result["positions"]["512-1024"][0] for name, result in results.items()}
+    assert len(set(losses.values())) == 5  # every choice is another memory
+    model, tokenizer = load_model(args.trained)
+    common = books.common_pairs(next((trained / "out").glob("tokens-*.uint16")))
+    assert books.measure(model, tokenizer, "m", text, common, args) == results["innovation"]
+    capsys.readouterr()
+    args.max_books = 0  # nothing is measured again
+    assert books.compare_choices(text, args) == results
+    books.plot(results, None, trained / "choices.png")
+    assert "| none |" in capsys.readouterr().out
+
+
+def test_a_model_without_memory_has_no_choices(trained):
+    config = trained / "m" / "final" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eidetic_size": 0}))
+    with pytest.raises(SystemExit, match="no eidetic memory"):
+        books.compare_choices([], argparse.Namespace(trained=str(trained / "m" / "final"), output="", data=""))
 
 
 def test_the_report_takes_the_rate_that_the_seeds_ran_with(tmp_path, capsys, monkeypatch):
