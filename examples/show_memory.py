@@ -511,10 +511,8 @@ def set_lines(reading: Reading, width_of, width: float, indent: float) -> list[l
 def draw(reading: Reading, target: Path, columns: int = 2, width: float = 4.7, size: float = 7.5):
     """Draw the page as the last chunk leaves it, and the strips of all layers, `width` inches for each of the columns."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
-    from matplotlib.patches import FancyBboxPatch
     from PIL import Image  # comes with matplotlib
 
     figure = Figure(dpi=120, facecolor=PAPER)
@@ -538,15 +536,34 @@ def draw(reading: Reading, target: Path, columns: int = 2, width: float = 4.7, s
     page.set(xlim=(0, 72 * columns * width), ylim=(72 * height, 0))
     page.axis("off")
     page.text(26, 34, reading.title, family="DejaVu Serif", fontsize=17, color=INK)
-
     legend = "green: in memory at the end, deeper where more layers hold it\norange: surprising      underlined: in the window"
     edge = 72 * columns * width - 8
     page.text(edge, 34, legend, family="DejaVu Sans", fontsize=size, color=SOFT, ha="right", linespacing=1.5)
+    placed = [
+        (26 + 72 * width * (number // rows), 72 * top + leading * (number % rows + 0.7), line)
+        for number, line in enumerate(lines)
+    ]
+    draw_text(page, reading, placed, font, width_of)
 
+    room = (height - 0.75) / len(reading.layers)
+    for row, layer in enumerate(reading.layers):
+        bottom = height - 0.45 - (row + 1) * room + 0.42
+        box = [(columns * width + 0.75) / total, bottom / height, (side - 1.1) / total, (room - 0.55) / height]
+        draw_strip(figure.add_axes(box), reading, layer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=figure.dpi, facecolor=PAPER)
+    Image.open(image).convert("RGB").quantize(64).save(target, format="PNG", optimize=True)  # a third of the bytes
+
+
+def draw_text(page, reading: Reading, placed: list[tuple[float, float, list]], font, width_of):
+    """Print lines, each with its left edge and baseline in points, on axes: kept tokens boxed, surprising ones tinted."""
+    from matplotlib.patches import FancyBboxPatch
+
+    size = font.get_size()
     ranks, held = overview(reading, reading.chunks - 1)
     seen = window_of(reading, reading.chunks - 1)
-    for number, line in enumerate(lines):
-        left, baseline = 26 + 72 * width * (number // rows), 72 * top + leading * (number % rows + 0.7)
+    for left, baseline, line in placed:
         for position, x, text in line:
             depth = 0.25 + 0.75 * held[position] if held[position] else 0
             if not text and not depth:
@@ -562,39 +579,31 @@ def draw(reading: Reading, target: Path, columns: int = 2, width: float = 4.7, s
             ink = "white" if depth > 0.6 else INK
             page.text(left + x, baseline, text, font=font, color=ink, parse_math=False)
 
-    def place(row: int):
-        room = (height - 0.75) / len(reading.layers)
-        bottom = height - 0.45 - (row + 1) * room + 0.42
-        return figure.add_axes(
-            [(columns * width + 0.75) / total, bottom / height, (side - 1.1) / total, (room - 0.55) / height]
-        )
+
+def draw_strip(strip, reading: Reading, layer: Layer):
+    """The lives of a layer's tokens on axes, as `make_strip` shows them."""
+    from matplotlib.collections import LineCollection
 
     length, step = len(reading.tokens), reading.chunk
-    for row, layer in enumerate(reading.layers):
-        strip = place(row)
-        bounds = [window_of(reading, b) for b in range(reading.chunks)]
-        times = [step * b for b in range(reading.chunks)] + [length]
-        strip.stairs(
-            [last for _, last in bounds], times, baseline=[first for first, _ in bounds], fill=True, color=BAND
-        )
-        for alive, strength in ((False, 0.35), (True, 1.0)):
-            lives = [
-                [(first * step, p), (min((last + 1) * step, length), p)]
-                for p, first, last in layer.lives
-                if (last == reading.chunks - 1) == alive
-            ]
-            strip.add_collection(LineCollection(lives, colors=KEPT, alpha=strength, linewidths=0.8))
-        strip.set(xlim=(0, length), ylim=(length, 0), facecolor="white")
-        strip.set_title(f"layer {layer.number}", loc="left", fontsize=9, color=INK)
-        strip.set_title(f"{len(layer.lives)} held in turn", loc="right", fontsize=8, color=SOFT)
-        strip.tick_params(labelsize=7, colors=SOFT, labelbottom=row == len(reading.layers) - 1)
-        strip.spines[:].set_color("#e4ddce")
-        strip.set_ylabel("position kept", fontsize=7.5, color=SOFT)
-    strip.set_xlabel("tokens read", fontsize=7.5, color=SOFT)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=figure.dpi, facecolor=PAPER)
-    Image.open(image).convert("RGB").quantize(64).save(target, format="PNG", optimize=True)  # a third of the bytes
+    bounds = [window_of(reading, b) for b in range(reading.chunks)]
+    times = [step * b for b in range(reading.chunks)] + [length]
+    strip.stairs([last for _, last in bounds], times, baseline=[first for first, _ in bounds], fill=True, color=BAND)
+    for alive, strength in ((False, 0.35), (True, 1.0)):
+        lives = [
+            [(first * step, p), (min((last + 1) * step, length), p)]
+            for p, first, last in layer.lives
+            if (last == reading.chunks - 1) == alive
+        ]
+        strip.add_collection(LineCollection(lives, colors=KEPT, alpha=strength, linewidths=0.8))
+    lowest = layer is reading.layers[-1]
+    strip.set(xlim=(0, length), ylim=(length, 0), facecolor="white")
+    strip.set_title(f"layer {layer.number}", loc="left", fontsize=9, color=INK)
+    strip.set_title(f"{len(layer.lives)} held in turn", loc="right", fontsize=8, color=SOFT)
+    strip.tick_params(labelsize=7, colors=SOFT, labelbottom=lowest)
+    strip.spines[:].set_color("#e4ddce")
+    strip.set_ylabel("position kept", fontsize=7.5, color=SOFT)
+    if lowest:
+        strip.set_xlabel("tokens read", fontsize=7.5, color=SOFT)
 
 
 def main(argv: list[str] | None = None):
