@@ -121,19 +121,12 @@ def convert(
     check_apart(folder, destination)
     tokenizer_folder = None if tokenizer is None else locate(str(tokenizer), weights=False)
     model = read_source(folder, say)
-
-    config, tensors = model.config, model.tensors
     if form is not None:
-        fields, tensors, dynamics = export_tensors(form, config, tensors)
+        config = model.config
+        fields, tensors, dynamics = export_tensors(form, config, model.tensors)
         say(f"It is written as {form.name}.")
     else:
-        if to_bmojo:
-            config, tensors = prime(config, tensors, say=say, **options)
-        elif model.form is None:
-            raise Refusal(
-                f"{folder} is a B'MOJO folder already: --to-bmojo primes it, --export writes another format."
-            )
-        check_tensors(tensors, ours.wanted(config))
+        config, tensors = our_tensors(model, folder, options if to_bmojo else None, say)
         dynamics = {name for name in tensors if ours.is_dynamics(name)}
     targets = [Target(name, part, target_dtype(part, wanted, name in dynamics)) for name, part in tensors.items()]
     main = wanted or main_dtype(targets, dynamics)
@@ -147,17 +140,25 @@ def convert(
             ours.save_config_and_code(config, unfinished, main)
         along = copy_along(folder, tokenizer_folder, unfinished, model.fields.get("model_type"))
         if verify:
-            say(
-                verify_conversion(
-                    model, unfinished, form, wanted, unchanged(model.config, config) if to_bmojo else None
-                )
-            )
+            exact = unchanged(model.config, config) if to_bmojo else None
+            say(verify_conversion(model, unfinished, form, wanted, exact))
     size = sum(target.bytes for target in targets)
     say(
         f"{destination} has {len(targets)} tensors, {readable(size)}"
         + (f", and {', '.join(along)}." if along else ".")
     )
     return destination
+
+
+def our_tensors(model, folder: Path, priming: dict | None, say: Callable[[str], None]):
+    """Config and tensors of a model as ours, primed where `priming` has arguments for it."""
+    config, tensors = model.config, model.tensors
+    if priming is not None:
+        config, tensors = prime(config, tensors, say=say, **priming)
+    elif model.form is None:
+        raise Refusal(f"{folder} is a B'MOJO folder already: --to-bmojo primes it, --export writes another format.")
+    check_tensors(tensors, ours.wanted(config))
+    return config, tensors
 
 
 def unchanged(config, primed) -> int:
