@@ -2,7 +2,8 @@ r"""Tables and plots of the results that recall.py has kept.
 
     python examples/recall_report.py runs/recall/eight --plot assets/recall/eight.png
 
-One line per row of the suite, at the learning rate that won its grid: mean over seeds, lowest and highest in brackets.
+One line per row of the suite, at the learning rate that won its grid: mean over seeds, lowest and highest in brackets; at the
+lengths that all of them were tested at.
 """
 
 import argparse
@@ -44,6 +45,14 @@ def spread(values: list[float]) -> str:
     return f"**{np.mean(values):.3f}** [{min(values):.3f}, {max(values):.3f}]"
 
 
+def keep_common_lengths(rows: dict[str, list[dict]]):
+    """Drop the tests at lengths that not all rows were tested at."""
+    common = set.intersection(*(set(result["tests"]) for results in rows.values() for result in results))
+    for results in rows.values():
+        for result in results:
+            result["tests"] = {length: test for length, test in result["tests"].items() if length in common}
+
+
 def table(rows: dict[str, list[dict]]) -> str:
     """Markdown."""
     lengths = list(next(iter(rows.values()))[0]["tests"])
@@ -56,9 +65,8 @@ def table(rows: dict[str, list[dict]]) -> str:
         cells = [name, f"{first['parameters']:,}", f"{first['memory_floats']:,}", f"{first['tokens'] / 1e6:.1f}M"]
         cells += [f"{np.mean([result['cpu_seconds'] for result in results]):.0f}", f"{first['run']['lr']:g}"]
         for place in range(len(lengths)):
-            tested = place < len(first["tests"])
             for key in ("accuracy", "beyond", "held"):
-                cells.append(spread(accuracies(results, key)[place]) if tested else "")
+                cells.append(spread(accuracies(results, key)[place]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -69,7 +77,7 @@ def plot(rows: dict[str, list[dict]], target: Path, title: str):
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    longest = max(len(results[0]["tests"]) for results in rows.values())
+    longest = len(next(iter(rows.values()))[0]["tests"])
     for number, (name, results) in enumerate(rows.items()):
         lengths, values = [int(length) for length in results[0]["tests"]], np.array(accuracies(results))
         if longest > 1:
@@ -107,6 +115,7 @@ def main():
     rows = read_rows(args.folder)
     if not rows:
         raise SystemExit(f"{args.folder} holds no results.")
+    keep_common_lengths(rows)
     print(table(rows))
     if args.plot:
         try:

@@ -145,6 +145,12 @@ def test_the_report_takes_the_rate_that_the_seeds_ran_with(tmp_path, capsys, mon
     assert "0.2" in lines[2]
     assert "0.400" in lines[3]
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+    short = json.loads((tmp_path / "b" / "lr0.1-seed0.json").read_text())
+    del short["tests"]["512"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "lr0.1-seed0.json").write_text(json.dumps(short))
+    recall_report.main()  # what only some rows were tested at is left out
+    assert "512" not in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["recall_report.py", str(tmp_path / "a")])
     with pytest.raises(SystemExit, match="holds no results"):
         recall_report.main()
