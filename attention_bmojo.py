@@ -431,7 +431,7 @@ class BMojoMixer(BMojoWindowAttention):
             before |= {name: tokens[name].new_zeros(rows, self.memory, *key.shape[2:]) for name in ("key", "value")}
         else:
             ring = {name: self.in_cache(state, name, "window") for name in ("key", "value")}
-            held = ring_positions(ring["key"], call.past_column - 1).clamp(min=0)
+            held = ring_positions(ring["key"].shape[1], call.past_column - 1).clamp(min=0)
             ring["key"] = rotate(ring["key"].to(key.dtype), *call.table(held, inverse=True))
             ring["innovation"] = state["window_innovation"]
             start, slots = base - self.window - self.chunk + 1, -(-length // self.chunk) * self.chunk

@@ -1,7 +1,7 @@
 """What all layers of a forward call share: positions, lengths, rotary tables, rings; and how tokens are laid out in time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
@@ -80,6 +80,7 @@ class Call:
         phase: how far into its chunk a row is before the call, (rows, 1) int64; None without past, or where a step says it.
         lead: the largest phase, or chunk - 1 where asking would stop a GPU or a compiler.
         step: of a single token with a cache.
+        rings: by size of a ring what `write_ring` needs to know, once it has been worked out.
     """
 
     past: torch.Tensor | None
@@ -95,6 +96,7 @@ class Call:
     phase: torch.Tensor | None
     lead: int
     step: Step | None
+    rings: dict = field(default_factory=dict, init=False)  # not copied by `replace`, nor by `to`
 
     @property
     def seq_len(self) -> int:
@@ -121,7 +123,7 @@ class Call:
                 return Step(**move(vars(value)))
             return value.to(device, **kwargs) if isinstance(value, torch.Tensor) else value
 
-        return Call(**move(vars(self)))
+        return Call(**{name: move(value) for name, value in vars(self).items() if name != "rings"})
 
     def end(self) -> torch.Tensor:
         """Position behind the last real token, (rows or 1, 1)."""
@@ -236,18 +238,27 @@ def timeline(new, ring, call: Call, start, length: int):
 def write_ring(ring, new, call: Call):
     """The ring after the call: position p in slot p % size, for every row's last real tokens."""
     size = ring.shape[1]
-    slots = torch.arange(size, device=ring.device)
-    last = call.end() - 1
-    position = last - (last - slots) % size  # the newest position that belongs in each slot
-    index = (position - call.past_column).clamp(min=0, max=new.shape[1] - 1).expand(ring.shape[0], size)
-    is_new = ((position >= call.past_column) & (position >= 0)).expand(ring.shape[0], size)
-    return torch.where(is_new.view(*is_new.shape, *[1] * (ring.dim() - 2)), take_rows(new, index).to(ring.dtype), ring)
+    if size not in call.rings:
+        call.rings[size] = _find_newest(size, ring.shape[0], call)
+    index, is_new = call.rings[size]
+    newest = take_rows(new, index).to(ring.dtype)
+    if is_new is None:
+        return newest
+    return torch.where(is_new.view(*is_new.shape, *[1] * (ring.dim() - 2)), newest, ring)
 
 
-def ring_positions(ring, last):
+def _find_newest(size: int, rows: int, call: Call):
+    """For every slot of a ring the token of the call that belongs in it, and whether there is one (None: in all)."""
+    position = ring_positions(size, call.end() - 1)
+    index = (position - call.past_column).clamp(min=0, max=call.seq_len - 1).expand(rows, size)
+    if call.lengths is None and call.seq_len >= size:
+        return index, None
+    return index, ((position >= call.past_column) & (position >= 0)).expand(rows, size)
+
+
+def ring_positions(size: int, last):
     """Position held by each slot of a ring whose newest token is at `last` (rows or 1, 1); negative where empty."""
-    slots = torch.arange(ring.shape[1], device=ring.device)
-    return last - (last - slots) % ring.shape[1]
+    return last - (last - torch.arange(size, device=last.device)) % size
 
 
 def last_rows(previous, new, lengths):

@@ -636,7 +636,7 @@ def blocked_prediction_error(y, history, positions, weights):
     length = max(1, _BLOCK // 4 // max(1, y.shape[0] * y.shape[2]))
     start = min(seq_len, max(0, kernel - int(positions[:, 0].min()))) if seq_len else 0
     if start:  # the first tokens have a shorter past
-        errors[:, :start] = prediction_error(y[:, :start], history, positions[:, :start], weights)
+        errors[:, :start] = _first_errors(y[:, :start], history, positions[:, :start], weights)
     while start < seq_len:
         block = slice(start, min(start + length, seq_len))
         past = (
@@ -658,6 +658,20 @@ def blocked_prediction_error(y, history, positions, weights):
         errors[:, block] = torch.sub(past[:, kernel:], mean).square_().sum(-1)
         start = block.stop
     return errors
+
+
+def _first_errors(y, history, positions, weights):
+    """`ops_bmojo.prediction_error` of few tokens, in few operations where the weights are fixed."""
+    if weights.dim() > 1:
+        return prediction_error(y, history, positions, weights)
+    kernel = len(weights)
+    ages = torch.arange(kernel, 0, -1, device=y.device)
+    first = positions[:, :1, None]  # (batch or 1, 1, 1)
+    past = torch.cat([history.to(weights.dtype).masked_fill(ages[:, None] > first, 0), y.to(weights.dtype)], 1)
+    shares = weights.flip(0) * (ages <= positions[..., None])  # (batch or 1, seq_len, kernel)
+    shares = shares / shares.sum(-1, keepdim=True).masked_fill(positions[..., None] == 0, 1)
+    mean = shares[..., None, :] @ past[:, :-1].unfold(1, kernel, 1).transpose(-1, -2)
+    return (past[:, kernel:] - mean.squeeze(-2)).square_().sum(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Budgets are steps, not seconds, so that a row comes out the same on any machine;
 GRID = (1e-3, 2e-3, 4e-3)  # learning rates, the same for every model
 EIGHT = {"lr": GRID, "seconds": None, "steps": 2000}  # 8 pairs in 64 tokens of random filler, 2.0M tokens
 ABLATION = EIGHT | {"lr": 2e-3}  # the rate that the grid chose for the whole layer
+LEAD = ABLATION | {"task_fields": {"filler": "repeated", "lead": 16}}  # 16 tokens of filler before the evidence
 REPEATED = EIGHT | {"task_fields": {"filler": "repeated"}, "eval_lengths": (512, 1024)}
 
 
@@ -90,6 +91,9 @@ SUITES = {
         "untied": bmojo(ABLATION, tie_attn_weights=False),
         "add-fading-token": bmojo(ABLATION, variation="add-fading-token"),
         "bmojo-f-add-fading-token": bmojo(ABLATION, model="bmojo-f", variation="add-fading-token"),
+    },
+    "lead": {  # the choices where evidence does not come first, which makes the oldest tokens the right ones
+        choice: bmojo(LEAD, innovation_predictor=choice) for choice in ("average", "random", "recent", "oldest")
     },
     "sweep": {f"bmojo-m{size}": bmojo(ABLATION, eidetic_size=size) for size in (4, 8, 16, 32, 48)},
     "fading-state": {f"bmojo-f-state{size}": bmojo(model="bmojo-f", state_size=size) for size in (16, 32, 64)},
