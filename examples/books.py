@@ -129,12 +129,12 @@ def common_pairs(tokens: Path) -> np.ndarray:
     return keys[counts > RARE]
 
 
-def measure(model, tokenizer, name: str, books: list[Path], common: np.ndarray, args: argparse.Namespace) -> dict:
+def measure(model, tokenizer, title: str, books: list[Path], common: np.ndarray, args: argparse.Namespace) -> dict:
     """Losses in nats, per book.
 
     Args:
         model, tokenizer: what reads.
-        name: to show.
+        title: to show.
         books: texts; those shorter than args.length tokens are left out.
         common: keys of the pairs that training saw more than RARE times.
         args: options.
@@ -163,7 +163,7 @@ def measure(model, tokenizer, name: str, books: list[Path], common: np.ndarray, 
             values = nats[chosen & is_rare]
             result["rare"][name].append([float(values.sum()), len(values)])
         result["books"].append(path.name)
-        print(f"\r{name}: {len(result['books'])} books", end="", file=sys.stderr, flush=True)
+        print(f"\r{title}: {len(result['books'])} books", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return result | {"parameters": model.num_parameters(), "reach": reach, "edges": edges}
 
