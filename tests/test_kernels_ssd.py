@@ -74,7 +74,8 @@ def differentiate(function, tensors, dtype=torch.float64, used=(True, True)):
 def check(kernel, tensors, **options):
     """All outputs and gradients are written, finite, and as near to the definition in float64 as that in float32 is.
 
-    Gradients of dt and A are differences of sums: what rounding leaves of them depends on the numbers.
+    Gradients of dt and A are differences of sums: what rounding leaves of them depends on the numbers. That of A, which
+    with one head is a single number, sums over all tokens what may cancel: its error is one of the size of these terms.
     """
     want = differentiate(ops_bmojo.ssd_scan, tensors, **options)
     plain = differentiate(ops_bmojo.ssd_scan, tensors, torch.float32, **options)
@@ -84,7 +85,11 @@ def check(kernel, tensors, **options):
     assert all(got[name].eq(0).all() for name in got.keys() - want.keys())  # of what the loss does not depend on
     for name, exact in want.items():
         assert got[name].isfinite().all(), name
-        assert rel_error(got[name], exact) <= 3 * rel_error(plain[name], exact) + 3e-6, name
+        allowed = 3e-6
+        if name == "A" and exact.norm() > 0:
+            terms = ((tensors["dt"] * want["dt"]).abs().sum((0, 1)) / tensors["A"].abs()).nan_to_num(0, posinf=0)
+            allowed *= max(1, (terms.norm() / exact.norm()).item())
+        assert rel_error(got[name], exact) <= 3 * rel_error(plain[name], exact) + allowed, name
 
 
 CASES = {

@@ -420,7 +420,9 @@ def test_sft_trainer(tiny_model, tmp_path, padding_free):
     tokenizer = AutoTokenizer.from_pretrained(ROOT)
     data = Dataset.from_dict({"text": TEXTS * 2})
     model = tiny_model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    config = arguments(SFTConfig, tmp_path, padding_free=padding_free, max_length=None, per_device_eval_batch_size=3)
+    config = arguments(
+        SFTConfig, tmp_path, padding_free=padding_free, max_length=None, per_device_eval_batch_size=3, bf16=False
+    )
     trainer = SFTTrainer(
         model, args=config, train_dataset=data, eval_dataset=data.select(range(3)), processing_class=tokenizer
     )
