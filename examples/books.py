@@ -204,9 +204,8 @@ def compare_choices(books: list[Path], args: argparse.Namespace) -> dict[str, di
         record = output / f"{name}.json"
         if not record.exists():
             changed = type(model)(type(config).from_dict(config.to_dict() | fields))
-            changed.load_state_dict(
-                {key: weight for key, weight in model.state_dict().items() if key in changed.state_dict()}
-            )
+            known = changed.state_dict().keys()
+            changed.load_state_dict({key: weight for key, weight in model.state_dict().items() if key in known})
             found = measure(changed.to(model.device).eval(), tokenizer, name, books, common, args)
             record.write_text(json.dumps(found) + "\n", encoding="utf-8")
         results[name] = json.loads(record.read_text(encoding="utf-8"))

@@ -92,7 +92,7 @@ SUITES = {
         "add-fading-token": bmojo(ABLATION, variation="add-fading-token"),
         "bmojo-f-add-fading-token": bmojo(ABLATION, model="bmojo-f", variation="add-fading-token"),
     },
-    "lead": {  # the choices where evidence does not come first, which makes the oldest tokens the right ones
+    "lead": {  # the choices where evidence does not come first; where it does, the oldest tokens are the right ones
         choice: bmojo(LEAD, innovation_predictor=choice) for choice in ("average", "random", "recent", "oldest")
     },
     "sweep": {f"bmojo-m{size}": bmojo(ABLATION, eidetic_size=size) for size in (4, 8, 16, 32, 48)},
