@@ -26,10 +26,10 @@ def running_average(y: torch.Tensor, kernel: int) -> torch.Tensor:
 
 
 def score_with(model: nn.Module, score: Callable):
-    """Let `score(mixer, u, y)` give every token's innovation, (rows, seq_len), where no cache and no padding is in play."""
+    """Let `score(mixer, u, y)` give every token's innovation, (rows, seq_len), of whole sequences without padding."""
 
     def innovation(mixer, y, call, state):
-        if state is not None or call.lengths is not None:
+        if call.lengths is not None or (call.past is not None and call.past.any()):
             raise NotImplementedError("Variations run on whole sequences without padding.")
         with torch.no_grad():
             return {"innovation": score(mixer, mixer.read, y).float()}
@@ -68,15 +68,14 @@ def state_prediction(model: nn.Module):
 
     def score(mixer, u, y):
         ssm = mixer.fading
-        sizes = [ssm.inner, ssm.inner + 2 * ssm.grouped, ssm.heads[0]]
-        z, xbc, dt = ssm.in_proj(u).split_with_sizes(sizes, -1)
+        z, xbc, dt = ssm.in_proj(u).split_with_sizes(ssm.sizes, -1)
         padded = F.pad(xbc, (0, 0, ssm.taps - 1, 0))
         xbc = F.silu(ssm.conv1d(padded.transpose(1, 2)).transpose(1, 2))
-        x, B, C = xbc.split_with_sizes([ssm.inner, ssm.grouped, ssm.grouped], -1)
+        parts = zip(xbc.split_with_sizes(ssm.widths, -1), ssm.vectors, strict=True)
+        x, B, C = (part.unflatten(-1, vectors) for part, vectors in parts)
         dt, _, D = ssm.dynamics(dt)
-        x = x.unflatten(-1, ssm.heads)
-        both = (B.unflatten(-1, ssm.groups) * C.unflatten(-1, ssm.groups)).sum(-1)  # (rows, seq_len, groups)
-        both = both.repeat_interleave(ssm.heads[0] // ssm.groups[0], -1)
+        both = (B * C).sum(-1)  # (rows, seq_len, groups)
+        both = both.repeat_interleave(x.shape[-2] // both.shape[-1], -1)
         from_token = (both * dt + D)[..., None] * x
         return ((F.silu(z) * from_token.flatten(-2)) @ ssm.out_proj.weight.T).pow(2).sum(-1)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
 
 import recall  # noqa: E402
+import recall_variations  # noqa: E402
 from recall_tasks import DEFAULTS, IGNORED, MAD_VARIATIONS, TASKS, choose, make_task  # noqa: E402
 
 
@@ -169,6 +171,91 @@ def test_models_have_equal_parameters_and_learn_a_step(model):
     if not model.startswith("transformers:"):
         assert abs(result["parameters"] - base) <= 64 * 3 * 2  # one unit of every MLP
     assert result["memory_floats"] > 0
+
+
+@pytest.mark.parametrize("variation", recall.VARIATIONS)
+def test_every_variation_trains_and_is_measured(variation):
+    run = recall.Run(variation=variation, seconds=None, steps=2, batch_size=2, eval_examples=4)
+    plain = recall.train(recall.Run(seconds=None, steps=2, batch_size=2, eval_examples=4), progress_bar=False)
+    result = recall.train(run, progress_bar=False)
+    assert result["memory_floats"] == plain["memory_floats"]
+    assert result["parameters"] == plain["parameters"]
+    model = recall.build(run, 144)
+    ids = torch.randint(0, 144, (2, 64), generator=torch.Generator().manual_seed(1))
+    difference = (model(ids).logits - recall.build(recall.Run(), 144)(ids).logits).abs().amax()
+    assert difference > 1e-4, "the variation changed nothing"
+
+
+def innovations(model, ids, mixer):
+    """What the mixer reads, what its SSM says, and the scores."""
+    seen = []
+    scored = mixer.innovation
+
+    def listen(y, *others):
+        found = scored(y, *others)
+        seen.append((y, found["innovation"]))
+        return found
+
+    mixer.innovation = listen
+    inputs = []
+    handle = mixer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    mixer.innovation = scored
+    return inputs[0], *seen[0]
+
+
+def test_scores_of_variations_follow_their_definitions():
+    ids = torch.randint(0, 144, (2, 40), generator=torch.Generator().manual_seed(1))
+
+    def predicted(values):  # the mean of up to eight before
+        means = [values[:, max(0, t - 8) : t].mean(1) for t in range(1, values.shape[1])]
+        return torch.stack([torch.zeros_like(values[:, 0]), *means], 1)
+
+    def squared(values):
+        return (values - predicted(values)).pow(2).sum(-1)
+
+    definitions = {
+        None: lambda u, y: squared(y),
+        "layer-input": lambda u, y: squared(u),
+        "relative": lambda u, y: squared(y) / y.pow(2).sum(-1),
+        "cosine": lambda u, y: 1 - torch.cosine_similarity(y, predicted(y), dim=-1),
+    }
+    for variation, definition in definitions.items():
+        model = recall.build(recall.Run(variation=variation), 144).double()
+        (mixer,) = recall_variations.bmojo_mixers(model)
+        u, y, scores = innovations(model, ids, mixer)
+        torch.testing.assert_close(scores.double(), definition(u, y), rtol=1e-5, atol=1e-6)
+
+
+def test_the_states_prediction_is_the_output_without_the_token():
+    model = recall.build(recall.Run(variation="state-prediction"), 144).double()
+    ids = torch.randint(0, 144, (1, 20), generator=torch.Generator().manual_seed(1))
+    (mixer,) = recall_variations.bmojo_mixers(model)
+    u, y, scores = innovations(model, ids, mixer)
+    ssm, weights = mixer.fading, dict(mixer.fading.named_parameters())
+    inner, state, heads = ssm.inner, mixer.config.state_size, mixer.config.mamba_num_heads
+    assert mixer.config.n_groups == 1
+    with torch.no_grad():
+        z, xbc, dt = (u[0] @ weights["in_proj.weight"].T).split([inner, inner + 2 * state, heads], -1)
+        taps = weights["conv1d.weight"][:, 0]
+        padded = torch.cat([xbc.new_zeros(taps.shape[1] - 1, xbc.shape[1]), xbc])
+        bias = weights.get("conv1d.bias", 0)
+        dt = torch.nn.functional.softplus(dt + weights["dynamics.dt_bias"])
+        memory = torch.zeros(heads, inner // heads, state, dtype=torch.float64)
+        for t in range(len(z)):  # Mamba2's recurrence (arXiv 2405.21060, section 5), a token at a time
+            convolved = (padded[t : t + taps.shape[1]].T * taps).sum(-1) + bias
+            x, B, C = torch.nn.functional.silu(convolved).split([inner, state, state])
+            x = x.view(heads, -1)
+            old = memory * (-dt[t] * weights["dynamics.A_log"].exp()).exp()[:, None, None]
+            memory = old + dt[t][:, None, None] * x[:, :, None] * B
+            gate = torch.nn.functional.silu(z[t])
+            said = (memory @ C + weights["dynamics.D"][:, None] * x).flatten() * gate
+            normed = said / (said.pow(2).mean() + ssm.norm.eps).sqrt() * weights["norm.weight"]
+            torch.testing.assert_close(y[0, t], normed @ weights["out_proj.weight"].T, rtol=1e-6, atol=1e-9)
+            missed = (said - (old @ C).flatten() * gate) @ weights["out_proj.weight"].T
+            torch.testing.assert_close(scores[0, t].double(), missed.pow(2).sum(), rtol=1e-5, atol=1e-9)
 
 
 def test_memory_is_counted_alike_here_and_in_transformers():
