@@ -391,12 +391,22 @@ def describe(result: dict) -> str:
     return "; ".join(parts)
 
 
+def find_equal(run: Run, suites: Path) -> dict | None:
+    """The result of the same run under another name, in `<suite>/<row>/lr<lr>-seed<seed>.json`."""
+    wanted = json.loads(json.dumps(asdict(run)))  # lists for tuples
+    for path in sorted(suites.glob(f"*/*/lr{run.lr:g}-seed{run.seed}.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["run"] == wanted:
+            return found
+    return None
+
+
 def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
     """Run the rows that have no results yet.
 
     Args:
         rows: name to fields of `Run`; "lr" may be a list, the grid.
-        output: folder of the results, `<row>/lr<lr>-seed<seed>.json`.
+        output: folder of the results, `<row>/lr<lr>-seed<seed>.json`. What a suite beside it has run already is copied.
         seeds: the first chooses among the learning rates.
         bar: whether to show progress.
     """
@@ -407,7 +417,8 @@ def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
         def result(lr, seed, fields=fields, name=name):
             path = output / name / f"lr{lr:g}-seed{seed}.json"
             if not path.exists():
-                found = train(Run(**fields | {"lr": lr, "seed": seed}), bar)
+                run = Run(**fields | {"lr": lr, "seed": seed})
+                found = find_equal(run, output.parent) or train(run, bar)
                 save(found, path)
                 print(f"{name}: {describe(found)}", flush=True)
             return json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
 r"""Tables and plots of the results that recall.py has kept.
 
     python examples/recall_report.py runs/recall/eight --plot assets/recall/eight.png
+    python examples/recall_report.py runs/recall/memory --plot assets/recall/memory.png --against memory
+    python examples/recall_report.py runs/recall/mad --plot assets/recall/mad.png --against task
 
 One line per row of the suite, at the learning rate that won its grid: mean over seeds, lowest and highest in brackets; at the
 lengths that all of them were tested at.
@@ -71,6 +73,24 @@ def table(rows: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def table_tasks(rows: dict[str, list[dict]]) -> str:
+    """Markdown for suites with several tasks: a line for every model and hidden size, a column for every task."""
+    tasks, lines = [], {}
+    for results in rows.values():
+        run, first = results[0]["run"], results[0]
+        if run["task"] not in tasks:
+            tasks.append(run["task"])
+        shown = spread(accuracies(results)[-1]) + f", {run['lr']:g}"
+        lines.setdefault((run["hidden_size"], run["model"]), {})[run["task"]] = shown, first["parameters"]
+    head = ["model", "hidden size", "parameters", *(f"{task}, rate" for task in tasks)]
+    text = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for (size, model), cells in sorted(lines.items()):
+        parameters = max(count for _, count in cells.values())  # vocabularies differ
+        shown = [cells[task][0] if task in cells else "" for task in tasks]
+        text.append("| " + " | ".join([model, str(size), f"{parameters:,}", *shown]) + " |")
+    return "\n".join(text)
+
+
 def plot(rows: dict[str, list[dict]], target: Path, title: str):
     """Accuracy against test length where several were tested, else a dot for every seed; against memory beside it."""
     from matplotlib.figure import Figure
@@ -99,8 +119,70 @@ def plot(rows: dict[str, list[dict]], target: Path, title: str):
     for axes in (left, right):
         axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
+    save_figure(figure, target)
+
+
+def draw_spread(axes, at: list[float], values: list[list[float]], label: str, **style):
+    """A line through the means of the seeds, a bar from the lowest to the highest of them."""
+    means = np.array([np.mean(seeds) for seeds in values])
+    ends = np.abs(np.array([[np.min(seeds), np.max(seeds)] for seeds in values]).T - means)
+    axes.errorbar(at, means, yerr=ends, marker="o", ms=4, lw=1.2, elinewidth=0.8, capsize=2, label=label, **style)
+
+
+def plot_memory(rows: dict[str, list[dict]], target: Path, title: str):
+    """Accuracy at the longest test against floats of memory, a line for every kind of model."""
+    from matplotlib.figure import Figure
+
+    kinds = {}
+    for results in rows.values():
+        point = results[0]["memory_floats"], accuracies(results)[-1]
+        kinds.setdefault(results[0]["run"]["model"], []).append(point)
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for kind, points in kinds.items():
+        draw_spread(axes, *zip(*sorted(points), strict=True), label=kind)
+    axes.axhline(next(iter(rows.values()))[0]["chance"], color="grey", ls=":", lw=1)
+    axes.set(xscale="log", xlabel="numbers of memory", ylabel="accuracy", ylim=(-0.03, 1.03), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, target)
+
+
+def plot_tasks(rows: dict[str, list[dict]], target: Path, title: str):
+    """A panel for every task: accuracy of every kind of model, a line for every hidden size."""
+    from matplotlib.figure import Figure
+
+    tasks = {}
+    for results in rows.values():
+        run = results[0]["run"]
+        tasks.setdefault(run["task"], {}).setdefault(run["hidden_size"], {})[run["model"]] = results
+    figure = Figure(figsize=(3.2 * len(tasks) + 1, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, (task, sizes) in zip(panels, tasks.items(), strict=True):
+        names = list(dict.fromkeys(name for models in sizes.values() for name in models))
+        for number, (size, models) in enumerate(sorted(sizes.items())):
+            at = [names.index(name) + 0.12 * number for name in models]
+            draw_spread(
+                axes, at, [accuracies(results)[-1] for results in models.values()], f"hidden size {size}", ls=""
+            )
+        chance = next(iter(next(iter(sizes.values())).values()))[0]["chance"]
+        axes.axhline(chance, color="grey", ls=":", lw=1)
+        axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        axes.set(title=task, ylim=(-0.03, 1.03))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy")
+    panels[-1].legend(fontsize=8, loc="lower right")
+    figure.suptitle(title)
+    save_figure(figure, target)
+
+
+def save_figure(figure, target: Path):
+    """PNG, its folder made."""
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
+
+
+PLOTS = {"length": plot, "memory": plot_memory, "task": plot_tasks}
 
 
 def main():
@@ -108,6 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a suite's results")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument("--against", choices=PLOTS, default="length", help="what the plot shows the accuracy against")
     parser.add_argument("--title", default="")
     args = parser.parse_args()
     if not args.folder.is_dir():
@@ -115,11 +198,14 @@ def main():
     rows = read_rows(args.folder)
     if not rows:
         raise SystemExit(f"{args.folder} holds no results.")
-    keep_common_lengths(rows)
-    print(table(rows))
+    if args.against == "task":  # tasks have their own lengths
+        print(table_tasks(rows))
+    else:
+        keep_common_lengths(rows)
+        print(table(rows))
     if args.plot:
         try:
-            plot(rows, args.plot, args.title or args.folder.name)
+            PLOTS[args.against](rows, args.plot, args.title or args.folder.name)
         except ImportError:
             print("No plot: it needs matplotlib (pip install matplotlib).", file=sys.stderr)
 

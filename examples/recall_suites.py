@@ -18,6 +18,8 @@ def bmojo(base: dict = EIGHT, variation: str | None = None, model: str = "bmojo"
 # Mamba2 as it is usually built, twice as wide inside, with as many floats of memory as the B'MOJO stack has
 MAMBA2 = {"model": "mamba2", "fields": {"expand": 2, "state_size": 32}}
 
+SWEEP = {f"bmojo-m{size}": bmojo(ABLATION, eidetic_size=size) for size in (4, 8, 16, 32, 48)}
+
 
 def sixteen(filler: str, steps: int = 8000, **row) -> dict:
     """16 pairs behind 16 tokens of filler, learned in stages."""
@@ -95,7 +97,7 @@ SUITES = {
     "lead": {  # the choices where evidence does not come first; where it does, the oldest tokens are the right ones
         choice: bmojo(LEAD, innovation_predictor=choice) for choice in ("average", "random", "recent", "oldest")
     },
-    "sweep": {f"bmojo-m{size}": bmojo(ABLATION, eidetic_size=size) for size in (4, 8, 16, 32, 48)},
+    "sweep": SWEEP,
     "fading-state": {f"bmojo-f-state{size}": bmojo(model="bmojo-f", state_size=size) for size in (16, 32, 64)},
     "memory": {
         **{
@@ -107,6 +109,8 @@ SUITES = {
         **{f"hybrid-w{size}": EIGHT | {"model": "hybrid", "window": size} for size in (8, 16, 32)},
         **{f"bmojo-f-w{size}": EIGHT | {"model": "bmojo-f", "window": size} for size in (8, 16)},
         "attention": EIGHT | {"model": "attention"},
+        "jamba": EIGHT | {"model": "jamba"},
+        **SWEEP,
     },
     "mad": mad_rows(),
 }

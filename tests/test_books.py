@@ -1,6 +1,8 @@
 """The program that trains on books at one length and measures beyond it: what its figures mean."""
 
 import argparse
+import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -154,3 +156,33 @@ def test_the_report_takes_the_rate_that_the_seeds_ran_with(tmp_path, capsys, mon
     monkeypatch.setattr(sys, "argv", ["recall_report.py", str(tmp_path / "a")])
     with pytest.raises(SystemExit, match="holds no results"):
         recall_report.main()
+
+
+@pytest.mark.parametrize("against", ["memory", "task"])
+def test_the_report_draws_suites_of_many_models(against, tmp_path, capsys, monkeypatch):
+    for number, (task, size, model, seed) in enumerate(
+        itertools.product(("recall", "copying"), (64, 128), ("bmojo", "attention"), (0, 1))
+    ):
+        result = {
+            "run": {"task": task, "hidden_size": size, "model": model, "lr": 0.1, "seed": seed}, "parameters": 1000 * size,
+            "memory_floats": 20 * size, "tokens": 3e6, "cpu_seconds": 60, "chance": 0.1,
+            "tests": {"64" if against == "memory" or task == "recall" else "256": {"accuracy": number / 20}},
+        }  # fmt: skip
+        row = tmp_path / "suite" / f"{task}-{size}-{model}"
+        row.mkdir(exist_ok=True, parents=True)
+        (row / f"lr0.1-seed{seed}.json").write_text(json.dumps(result))
+    target = tmp_path / "plot.png"
+    arguments = ["recall_report.py", str(tmp_path / "suite"), "--plot", str(target), "--against", against]
+    monkeypatch.setattr(sys, "argv", arguments)
+    recall_report.main()
+    lines = capsys.readouterr().out.splitlines()
+    if importlib.util.find_spec("matplotlib"):
+        assert target.stat().st_size > 10_000
+    if against == "memory":
+        assert len(lines) == 2 + 8
+    else:
+        assert lines[0] == "| model | hidden size | parameters | copying, rate | recall, rate |"
+        assert lines[2] == (
+            "| attention | 64 | 64,000 | **0.525** [0.500, 0.550], 0.1 | **0.125** [0.100, 0.150], 0.1 |"
+        )
+        assert len(lines) == 2 + 4

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,24 @@ def test_a_suite_runs_what_is_missing_with_the_best_rate(tmp_path, monkeypatch):
     assert made == [(0.1, 0), (0.2, 0), (0.3, 0), (0.2, 1)]
     recall.run_suite(rows, tmp_path, [0, 1, 2], False)
     assert made[4:] == [(0.2, 2), (0.5, 0), (0.5, 1), (0.5, 2)]
+
+
+def test_what_another_suite_has_run_is_not_run_again(tmp_path, monkeypatch):
+    def train(run, bar):
+        made.append(run)
+        tests = {"64": {"accuracy": 0.1 * len(made)}}
+        return {"run": json.loads(json.dumps(asdict(run))), "steps": 1, "cpu_seconds": 0.0, "tests": tests}
+
+    made = []
+    monkeypatch.setattr(recall, "train", train)
+    row = {"model": "sliding", "window": 16, "stages": ((4, 32), (8, 64)), "lr": 0.1}
+    recall.run_suite({"one": row}, tmp_path / "first", [0, 1], False)
+    assert len(made) == 2
+    recall.run_suite({"two": row, "three": row | {"window": 32}}, tmp_path / "second", [0, 1], False)
+    assert [run.window for run in made] == [16, 16, 32, 32]
+    for seed in (0, 1):
+        first = tmp_path / "first" / "one" / f"lr0.1-seed{seed}.json"
+        assert (tmp_path / "second" / "two" / first.name).read_text() == first.read_text()
 
 
 @pytest.mark.parametrize(
