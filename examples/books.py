@@ -16,7 +16,8 @@ their first token on, once, through the cache, and every token is predicted from
 With --trained nothing is trained: that model reads the books as it is, and again with its eidetic memory filled by
 each of the other choices, and with none.
 
-Results go to --output: <model>/final (the model), <model>.json, books.json, books.png.
+Results go to --output: <model>-seed<seed>/final (the model), <model>-seed<seed>.json (<choice>.json), books.json (a list
+of seeds for every model), books.png.
 """
 
 import argparse
@@ -25,6 +26,8 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +82,9 @@ def make_config(name: str, vocab_size: int, parameters: int | None) -> dict:
     return config
 
 
-def train(name: str, args: argparse.Namespace) -> Path:
+def train(name: str, seed: int, args: argparse.Namespace) -> Path:
     """Train a model unless it is there already; an interrupted training goes on. Returns its folder."""
-    folder = Path(args.output) / name
+    folder = Path(args.output) / f"{name}-seed{seed}"
     if (folder / "final" / "config.json").exists():
         return folder / "final"
     from transformers import AutoTokenizer
@@ -103,7 +106,7 @@ def train(name: str, args: argparse.Namespace) -> Path:
         "--learning-rate",
         str(args.learning_rate),
     ]
-    command += ["--seed", str(args.seed), "--warmup", "100", "--save-every", "250"]
+    command += ["--seed", str(seed), "--warmup", "100", "--save-every", "250"]
     command += ["--config", json.dumps(make_config(name, vocab_size, args.parameters))]
     subprocess.run(command, check=True)
     return folder / "final"
@@ -168,18 +171,25 @@ def measure(model, tokenizer, title: str, books: list[Path], common: np.ndarray,
     return result | {"parameters": model.num_parameters(), "reach": reach, "edges": edges}
 
 
-def compare_models(books: list[Path], args: argparse.Namespace) -> dict[str, dict]:
-    """Train and measure the models of --models that have no results yet."""
-    output, common, results = Path(args.output), None, {}
-    for name in args.models:
-        folder = train(name, args)
-        record = output / f"{name}.json"
-        if not record.exists():
-            if common is None:
-                common = common_pairs(next(folder.parent.glob("tokens-*.uint16")))
-            found = measure(*load_model(str(folder)), name, books, common, args)
-            record.write_text(json.dumps(found | training_of(folder)) + "\n", encoding="utf-8")
-        results[name] = json.loads(record.read_text(encoding="utf-8"))
+def measure_once(record: Path, make: Callable[[], dict]) -> dict:
+    """What a file records, made and written first where there is none."""
+    if not record.exists():
+        record.write_text(json.dumps(make()) + "\n", encoding="utf-8")
+    return json.loads(record.read_text(encoding="utf-8"))
+
+
+def compare_models(books: list[Path], args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Train and measure the models of --models, with each of --seeds, that have no results yet."""
+    output, results = Path(args.output), {}
+
+    def make(name, seed):
+        folder = train(name, seed, args)
+        common = common_pairs(next(folder.parent.glob("tokens-*.uint16")))
+        return measure(*load_model(str(folder)), f"{name}, seed {seed}", books, common, args) | training_of(folder)
+
+    for seed, name in itertools.product(args.seeds, args.models):
+        found = measure_once(output / f"{name}-seed{seed}.json", partial(make, name, seed))
+        results.setdefault(name, []).append(found)
         print(summarise(results), flush=True)
     return results
 
@@ -192,7 +202,7 @@ def training_of(folder: Path) -> dict:
     return {"tokens": last["tokens"], "training_seconds": last["seconds"]}
 
 
-def compare_choices(books: list[Path], args: argparse.Namespace) -> dict[str, dict]:
+def compare_choices(books: list[Path], args: argparse.Namespace) -> dict[str, list[dict]]:
     """Measure the model --trained with its memory filled by every choice that has no results yet."""
     model, tokenizer = load_model(args.trained)
     config = model.config
@@ -200,35 +210,51 @@ def compare_choices(books: list[Path], args: argparse.Namespace) -> dict[str, di
         raise SystemExit(f"{args.trained} has no eidetic memory, so there is nothing to choose.")
     output, results = Path(args.output), {}
     common = common_pairs(tokenize_files(find_text_files(Path(args.data) / "train"), tokenizer, output))
+
+    def make(name, fields):
+        changed = type(model)(type(config).from_dict(config.to_dict() | fields))
+        known = changed.state_dict().keys()
+        changed.load_state_dict({key: weight for key, weight in model.state_dict().items() if key in known})
+        return measure(changed.to(model.device).eval(), tokenizer, name, books, common, args)
+
     for name, fields in CHOICES.items():
-        record = output / f"{name}.json"
-        if not record.exists():
-            changed = type(model)(type(config).from_dict(config.to_dict() | fields))
-            known = changed.state_dict().keys()
-            changed.load_state_dict({key: weight for key, weight in model.state_dict().items() if key in known})
-            found = measure(changed.to(model.device).eval(), tokenizer, name, books, common, args)
-            record.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        results[name] = json.loads(record.read_text(encoding="utf-8"))
+        results[name] = [measure_once(output / f"{name}.json", partial(make, name, fields))]
         print(summarise(results), flush=True)
     return results
 
 
-def summarise(results: dict[str, dict]) -> str:
-    """A table in Markdown: loss by position, and of rare pairs with how many there are."""
-    names = list(next(iter(results.values()))["positions"])
+def mean_losses(found: list[dict]) -> np.ndarray:
+    """Mean loss of the books in every span of positions, (seeds, spans)."""
+    return np.array([[np.mean(values) for values in result["positions"].values()] for result in found])
+
+
+def rare_losses(found: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean loss of rare pairs at first, within reach, beyond it, (seeds, 3); and how many pairs each is of, (3,)."""
+    totals = np.array([[np.sum(values, 0) for values in result["rare"].values()] for result in found])
+    return totals[..., 0] / totals[..., 1].clip(min=1), totals[0, :, 1].astype(int)
+
+
+def summarise(results: dict[str, list[dict]]) -> str:
+    """A table in Markdown: loss by position, and of rare pairs with how many there are; with several seeds mean [lowest, highest]."""
+
+    def cell(seeds, digits):
+        if len(seeds) == 1:
+            return f"{seeds[0]:.{digits}f}"
+        return f"{np.mean(seeds):.{digits}f} [{min(seeds):.{digits}f}, {max(seeds):.{digits}f}]"
+
+    names = list(next(iter(results.values()))[0]["positions"])
     lines = ["| model | " + " | ".join(names) + " | rare: first | within | beyond |"]
     lines.append("|" + " --- |" * (len(names) + 4))
-    for model, result in results.items():
-        cells = [f"{np.mean(values):.3f}" for values in result["positions"].values()]
-        for values in result["rare"].values():
-            total, count = np.array(values).sum(0)
-            cells.append(f"{total / max(count, 1):.2f} ({int(count)})")
+    for model, found in results.items():
+        cells = [cell(seeds, 3) for seeds in mean_losses(found).T]
+        losses, counts = rare_losses(found)
+        cells += [f"{cell(seeds, 2)} ({count})" for seeds, count in zip(losses.T, counts, strict=True)]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plot(results: dict[str, dict], seq_len: int | None, target: Path):
-    """Draw loss over position, and that of the rare pairs. A line stands at seq_len, the length of training."""
+def plot(results: dict[str, list[dict]], seq_len: int | None, target: Path):
+    """Draw loss over position, and that of the rare pairs, means and range of the seeds; a line at seq_len, where training ended."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -236,20 +262,20 @@ def plot(results: dict[str, dict], seq_len: int | None, target: Path):
         return
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for model, result in results.items():
-        edges = result["edges"]
-        middle = [math.sqrt(max(low, 128) * high) for low, high in itertools.pairwise(edges)]
-        left.plot(middle, [np.mean(values) for values in result["positions"].values()], marker="o", ms=3, label=model)
+    for model, found in results.items():
+        middle = [math.sqrt(max(low, 128) * high) for low, high in itertools.pairwise(found[0]["edges"])]
+        losses = mean_losses(found)
+        (line,) = left.plot(middle, losses.mean(0), marker="o", ms=3, label=model)
+        left.fill_between(middle, losses.min(0), losses.max(0), alpha=0.15, color=line.get_color())
     if seq_len:
         left.axvline(seq_len, color="grey", ls=":", lw=1)
         left.annotate(" trained up to here", (seq_len, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
     left.set(xscale="log", xlabel="position in the book (tokens)", ylabel="loss (nats per token)")
     left.legend(fontsize=8)
     places = np.arange(3)
-    for number, (model, result) in enumerate(results.items()):
-        totals = [np.array(values).sum(0) for values in result["rare"].values()]
-        heights = [total / max(count, 1) for total, count in totals]
-        right.bar(places + number * 0.8 / len(results), heights, 0.8 / len(results), label=model)
+    for number, (model, found) in enumerate(results.items()):
+        losses, _ = rare_losses(found)
+        right.bar(places + number * 0.8 / len(results), losses.mean(0), 0.8 / len(results), label=model)
     right.set_xticks(places + 0.4, ["first occurrence", "within reach", "beyond reach"])
     right.set(ylabel="loss on rare pairs (nats)")
     for axes in (left, right):
@@ -271,7 +297,7 @@ def main():
     parser.add_argument("--parameters", type=int, default=1_300_000)
     parser.add_argument("--length", type=int, default=32768, help="tokens of a book that are read (default 32768)")
     parser.add_argument("--max-books", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

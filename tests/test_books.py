@@ -86,10 +86,43 @@ def test_what_is_measured(trained):
     nothing = books.measure(model, tokenizer, "m", text, np.unique(books.pair_keys(np.array([0, *ids]))), args)
     left = sum(values[0][1] for values in nothing["rare"].values())
     assert left <= 1  # the pair of the end-of-text token with the first word
-    table = books.summarise({"m": everything})
-    assert f"{everything['positions']['256-512'][0]:.3f}" in table
-    books.plot({"m": everything, "n": nothing}, 256, trained / "books.png")
+    table = books.summarise({"m": [everything]})
+    assert f"| {everything['positions']['256-512'][0]:.3f} |" in table
+    worse = everything | {"positions": {name: [values[0] + 0.1] for name, values in everything["positions"].items()}}
+    table = books.summarise({"m": [everything, worse]})
+    loss = everything["positions"]["256-512"][0]
+    assert f"| {loss + 0.05:.3f} [{loss:.3f}, {loss + 0.1:.3f}] |" in table
+    books.plot({"m": [everything, worse], "n": [nothing]}, 256, trained / "books.png")
     assert (trained / "books.png").stat().st_size > 10_000
+
+
+def test_models_and_seeds_with_records_are_not_trained_again(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def train(name, seed, args):
+        made.append((name, seed))
+        folder = tmp_path / f"{name}-seed{seed}" / "final"
+        folder.mkdir(parents=True)
+        np.array([1, 2, 3], dtype=np.uint16).tofile(folder.parent / "tokens-x.uint16")
+        (folder.parent / "log.jsonl").write_text('{"tokens": 12, "seconds": 1.5}\n')
+        return folder
+
+    def measure(model, tokenizer, title, *others):
+        loss = 1.0 + int(title[-1])
+        return {"positions": {"0-256": [loss]}, "rare": {key: [[loss, 1]] for key in ("first", "within", "beyond")}}
+
+    monkeypatch.setattr(books, "train", train)
+    monkeypatch.setattr(books, "measure", measure)
+    monkeypatch.setattr(books, "load_model", lambda folder: (None, None))
+    args = argparse.Namespace(output=str(tmp_path), models=["bmojo", "sliding"], seeds=[0])
+    books.compare_models([], args)
+    args.seeds = [0, 1]
+    results = books.compare_models([], args)
+    assert made == [("bmojo", 0), ("sliding", 0), ("bmojo", 1), ("sliding", 1)]
+    assert results == books.compare_models([], args)
+    assert [found["positions"]["0-256"] for found in results["sliding"]] == [[1.0], [2.0]]
+    assert results["bmojo"][1]["tokens"] == 12
+    assert "1.500 [1.000, 2.000]" in capsys.readouterr().out
 
 
 def test_choices_of_a_trained_model(trained, capsys):
@@ -106,11 +139,11 @@ def test_choices_of_a_trained_model(trained, capsys):
     text = [trained / "validation" / "book.txt"]
     results = books.compare_choices(text, args)
     assert list(results) == ["innovation", "random", "recent", "oldest", "none"]
-    losses = {name: result["positions"]["512-1024"][0] for name, result in results.items()}
+    losses = {name: result["positions"]["512-1024"][0] for name, (result,) in results.items()}
     assert len(set(losses.values())) == 5  # every choice is another memory
     model, tokenizer = load_model(args.trained)
     common = books.common_pairs(next((trained / "out").glob("tokens-*.uint16")))
-    assert books.measure(model, tokenizer, "m", text, common, args) == results["innovation"]
+    assert books.measure(model, tokenizer, "m", text, common, args) == results["innovation"][0]
     capsys.readouterr()
     args.max_books = 0  # nothing is measured again
     assert books.compare_choices(text, args) == results
