@@ -98,11 +98,16 @@ class BMojoAttention(nn.Module):
         return rotate(query, call.cos, call.sin), rotate(key, call.cos, call.sin), self.heads(value), kept
 
     def forward(self, u, call: Call, state=None):
-        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
+        """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show.
+
+        In a call that asks for the state alone there is None in place of the first.
+        """
         query, key, value, kept = self.project(u, call, state)
         if state is not None:
             key, value = self._append(state["full_key"], key, call), self._append(state["full_value"], value, call)
             state = {"full_key": key, "full_value": value, **kept}
+        if call.state_only:
+            return None, state, {}
         columns = torch.arange(key.shape[1], device=u.device)
         if state is not None:  # columns that hold no token of the row
             key, value = (x.masked_fill((columns >= call.end())[..., None, None], 0) for x in (key, value))
@@ -206,14 +211,16 @@ class BMojoWindowAttention(BMojoAttention):
         if call.step is not None:
             state = self.put(state, call, key, value) | kept
             mixed = self.attend_to_cache(state, call, query * self.scale)
-        else:
-            past = 0 if call.past is None else call.past[:, None]
-            window = self.with_past((key, value), "window", call, state, past, self.window - 1, call.seq_len)
-            mixed = memory_attention(  # without a memory, chunks only say how queries may be cut
-                query, *window, past=call.past, window=self.window, chunk_size=64, scale=self.scale
-            )
-            state = None if state is None else self.into_cache(state, {"window": (key, value)}, call) | kept
-        return self.o_proj(mixed.flatten(-2)), state, {}
+            return self.o_proj(mixed.flatten(-2)), state, {}
+        new = None if state is None else self.into_cache(state, {"window": (key, value)}, call) | kept
+        if call.state_only:
+            return None, new, {}
+        past = 0 if call.past is None else call.past[:, None]
+        window = self.with_past((key, value), "window", call, state, past, self.window - 1, call.seq_len)
+        mixed = memory_attention(  # without a memory, chunks only say how queries may be cut
+            query, *window, past=call.past, window=self.window, chunk_size=64, scale=self.scale
+        )
+        return self.o_proj(mixed.flatten(-2)), new, {}
 
 
 class BMojoMixer(BMojoWindowAttention):
@@ -263,7 +270,7 @@ class BMojoMixer(BMojoWindowAttention):
         mixed, kept, positions = attend(u, y, memory.get("innovation"), call, state)
         if positions is not None:
             memory["positions"] = positions
-        return self.o_proj(mixed.flatten(-2)), new | kept, memory
+        return None if mixed is None else self.o_proj(mixed.flatten(-2)), new | kept, memory
 
     # -- innovation ----------------------------------------------------------------------------------------------------
 
@@ -360,30 +367,52 @@ class BMojoMixer(BMojoWindowAttention):
     # -- many tokens ---------------------------------------------------------------------------------------------------
 
     def attend(self, u, y, innovation, call: Call, state):
-        """The mix for all tokens, what of the state attention keeps ({} without cache), and the memories of all chunks."""
-        query, key = self.query_heads(self.q_proj(u)), self.key_heads(self.k_proj(u))
-        spans = {"window": (rotate(key, call.cos, call.sin), self.heads(self.v_proj(u)))}
+        """The mix for all tokens, what of the state attention keeps ({} without cache), and the memories of all chunks.
+
+        There is None in place of the mix in a call that asks for the state alone.
+        """
+        key, value = self.key_heads(self.k_proj(u)), self.heads(self.v_proj(u))
+        spans = {"window": (rotate(key, call.cos, call.sin), value)}
         if self.fades:
             spans["fading"] = self.fading_tokens(y, call)
         base = 0 if call.past is None else call.past[:, None] - call.phase
         length = call.seq_len + call.lead
+        kept, positions, chosen = {}, None, None
+        if self.memory:
+            entries = self.entries(key, value, innovation, call, state, base, length)
+            memory, after = self.memories(entries, call, base, length)
+            if state is not None:
+                kept = {f"eidetic_{name}": take_rows(entries[name], after) for name in entries}
+                kept["window_innovation"] = write_ring(state["window_innovation"], innovation, call)
+            positions, chosen = self.seen(entries["position"], memory, call, base), (entries, memory)
+        mixed = None if call.state_only else self.mix(u, spans, chosen, call, state, base, length)
+        if state is not None:
+            eidetic = [kept.pop(f"eidetic_{name}") for name in ("key", "value")] if self.memory else []
+            kept |= self.into_cache(state, spans, call, *eidetic)
+        return mixed, kept, positions
+
+    def mix(self, u, spans, chosen, call: Call, state, base, length: int):
+        """What all tokens find in the memories, (rows, seq_len, heads, head_dim).
+
+        Args:
+            u: the layer's input, for the queries.
+            spans: of the rings the keys and values of the call's tokens.
+            chosen: `entries` and which of them each chunk sees; None without eidetic memory.
+            call, state: the call, and the state before it.
+            base: position of the first chunk that the call has tokens in, (rows, 1), or 0.
+            length: positions from there on.
+        """
+        query = self.query_heads(self.q_proj(u))
         window = self.with_past(spans["window"], "window", call, state, base, self.window - 1, length)
-        fading, fading_query = (None, None), None
+        fading, fading_query, eidetic = (None, None), None, [None] * 4
         if self.asks_twice:
             fading_query = self.query_heads(self.fading_q_proj(u), self.fading_q_norm)
             fading_query = call.align(rotate(fading_query, call.cos, call.sin))
         if self.fades:
             fading = self.with_past(spans["fading"], "fading", call, state, base, 2 * self.window - 1, length)
-        eidetic, kept, positions = [None] * 4, {}, None
-        if self.memory:
-            entries = self.entries(key, spans["window"][1], innovation, call, state, base, length)
-            memory, after = self.memories(entries, call, base, length)
-            if state is not None:
-                kept = {f"eidetic_{name}": take_rows(entries[name], after) for name in entries}
-                kept["window_innovation"] = write_ring(state["window_innovation"], innovation, call)
-            positions = self.seen(entries["position"], memory, call, base)
+        if chosen is not None:
             turned = rotate(query, *call.table(torch.full((1, 1), 2 * self.window, device=query.device)))
-            eidetic = [call.align(turned), *self.eidetic_entries(entries, memory, call)]
+            eidetic = [call.align(turned), *self.eidetic_entries(*chosen, call)]
         mixed = memory_attention(
             *(call.align(rotate(query, call.cos, call.sin)), *window, *fading, *eidetic),
             past=None if call.past is None else base[:, 0],
@@ -392,10 +421,7 @@ class BMojoMixer(BMojoWindowAttention):
             chunk_size=self.chunk,
             scale=self.scale,
         )
-        if state is not None:
-            memory = [kept.pop(f"eidetic_{name}") for name in ("key", "value")] if self.memory else []
-            kept |= self.into_cache(state, spans, call, *memory)
-        return call.unalign(mixed), kept, positions
+        return call.unalign(mixed)
 
     def fading_tokens(self, y, call: Call):
         """Keys (rotated) and values of the SSM's outputs."""
@@ -504,7 +530,8 @@ class BMojoHybridMixer(BMojoAttention):
         ssm_in, attention_in, ssm_out, attention_out = self.multipliers
         y, kept, _ = self.ssm(u * ssm_in, call, state)
         mixed, new, _ = super().forward(u * attention_in, call, state)
-        return y * ssm_out + mixed * attention_out, (None if state is None else kept | new), {}
+        state = None if state is None else kept | new
+        return None if mixed is None else y * ssm_out + mixed * attention_out, state, {}
 
 
 MIXER_CLASSES = {

@@ -80,6 +80,7 @@ class Call:
         phase: how far into its chunk a row is before the call, (rows, 1) int64; None without past, or where a step says it.
         lead: the largest phase, or chunk - 1 where asking would stop a GPU or a compiler.
         step: of a single token with a cache.
+        state_only: nothing asks for what a layer says, only for its new state.
         rings: by size of a ring what `write_ring` needs to know, once it has been worked out.
     """
 
@@ -96,6 +97,7 @@ class Call:
     phase: torch.Tensor | None
     lead: int
     step: Step | None
+    state_only: bool = False
     rings: dict = field(default_factory=dict, init=False)  # not copied by `replace`, nor by `to`
 
     @property

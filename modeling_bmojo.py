@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .attention_bmojo import MIXER_CLASSES, BMojoPredictor
 from .cache_bmojo import BMojoCache, cache_bytes
-from .call_bmojo import Call, PackedCall, make_step, step_plan
+from .call_bmojo import Call, PackedCall, make_step, step_plan, take_rows
 from .configuration_bmojo import AUTO_MAP, BMojoConfig
 from .cpu_bmojo import is_plain
 from .kernels_bmojo import attach, copy_kernels, silu_gate
@@ -146,6 +146,8 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             new_state = None
         else:
             mixed, new_state, memory = self.mixer(mixer_input, call, state)
+            if call.state_only:
+                return hidden_states, new_state, memory
         hidden_states = hidden_states + mixed
         if self.mlp is not None:
             mlp_input = normed(self.post_attention_layernorm, hidden_states, self.residual_in_fp32)
@@ -207,6 +209,7 @@ class BMojoModel(BMojoPreTrainedModel):
     """The stack of layers, from token ids to normalised hidden states."""
 
     prefill_piece = 2048  # tokens: on a CPU 32768 take no longer than in one piece, and two fifths of the memory
+    prefill_apart = 256  # from so many tokens on the last one has a step of its own, where its output alone is wanted
 
     def __init__(self, config: BMojoConfig):
         super().__init__(config)
@@ -235,6 +238,7 @@ class BMojoModel(BMojoPreTrainedModel):
         cu_seq_lens_k: torch.Tensor | None = None,
         return_dict: bool | None = None,
         past_key_values: BMojoCache | None = None,
+        last_only: bool = False,
         **kwargs,
     ) -> BMojoModelOutput | tuple:
         """Run the layers.
@@ -249,6 +253,8 @@ class BMojoModel(BMojoPreTrainedModel):
             seq_idx, cu_seq_lens_q: other ways to say where packed documents begin: (batch, seq_len) document numbers;
                 (documents + 1,) offsets into a batch of one row.
             past_key_values: the cache under its old name.
+            last_only: return the last hidden states of the last column alone, (batch, 1, hidden_size): what a prompt's reader
+                asks for. On a CPU the last layer then makes nothing of the other tokens but its state.
 
         Raises:
             ValueError: an input is malformed, contradicts another, or asks for what the model has not.
@@ -280,13 +286,16 @@ class BMojoModel(BMojoPreTrainedModel):
         else:
             rows = inputs_embeds if layout is None else layout.to_rows(inputs_embeds)
             whole = bool(output_hidden_states or output_eidetic)
-            hidden_states, all_hidden_states, memories = self._read(rows, layout, tokens, cache, whole)
+            found = self._read(rows, layout, tokens, cache, whole, last_only)
+            hidden_states, all_hidden_states, memories = found
 
         back = (lambda x: x) if layout is None else layout.from_rows
-        last_hidden_state = back(normed(self.norm, hidden_states, self.residual_in_fp32))
+        last_hidden_state = normed(self.norm, hidden_states, self.residual_in_fp32)
+        if hidden_states.shape[1] == rows.shape[1]:  # else the last column alone
+            last_hidden_state = back(last_hidden_state)
         losses = [memory["loss"] for memory in memories if "loss" in memory]
         output = BMojoModelOutput(
-            last_hidden_state=last_hidden_state,
+            last_hidden_state=last_hidden_state[:, -1:] if last_only else last_hidden_state,
             hidden_states=(*map(back, all_hidden_states), last_hidden_state) if output_hidden_states else None,
             predictor_loss=torch.stack(losses).sum() if losses and self.training else None,
             **{CACHE_NAME: cache if use_cache else None},
@@ -329,29 +338,34 @@ class BMojoModel(BMojoPreTrainedModel):
             return False
         return use_cache
 
-    def _read(self, rows, layout, tokens, cache, whole: bool):
+    def _read(self, rows, layout, tokens, cache, whole: bool, last_only: bool):
         """Run the layers on rows (rows, seq_len, hidden_size) and store what the cache needs.
 
         A long text that goes into a cache without gradients is read in pieces, which bounds memory and is as exact as
-        any other split of a sequence, unless `whole` says that the outputs of the layers are wanted for all of it.
+        any other split of a sequence, unless `whole` says that the outputs of the layers are wanted for all of it. Where
+        the last column alone is wanted, it is a piece of its own, if that pays.
 
         Returns:
-            The last hidden states, the inputs of all layers and what they remembered (of the last piece).
+            The last hidden states (of the last column alone where it was a piece of its own), the inputs of all layers and
+            what they remembered (of the last piece).
         """
         plain = cache is None or cache.is_recording_past() or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        size = rows.shape[1] if plain or whole else self.prefill_piece
-        pieces = (rows,) if rows.shape[1] <= size else rows.split(size, 1)
-        parts, start = [], 0
-        for piece in pieces:
-            lengths = None if layout is None else (layout.lengths - start).clamp(min=0, max=piece.shape[1])
+        splits = not (plain or whole)
+        size = self.prefill_piece if splits else rows.shape[1]
+        apart = last_only and splits and rows.is_cpu and rows.shape[1] >= self.prefill_apart
+        apart = apart and (tokens is None or bool(tokens[:, -1].all()))
+        pieces = _pieces(rows, None if layout is None else layout.lengths, size, apart)
+        parts = []
+        for number, (piece, lengths) in enumerate(pieces, 1):
             past = None if cache is None else cache.begin(piece)
             call = self._call(piece, piece.shape[1], lengths, cache, past)
-            hidden_states, kept, memories, states, replays = self._run_layers(piece, call, cache, whole)
+            state_only = apart and number < len(pieces)
+            hidden_states, kept, memories, states, replays = self._run_layers(piece, call, cache, whole, state_only)
             if cache is not None:
                 read = tokens if len(pieces) == 1 else call.real()  # in pieces: places in the row, which count alike
                 cache.store(states, piece.shape[1], read, replays)
-            parts.append(hidden_states)
-            start += piece.shape[1]
+            if not state_only:
+                parts.append(hidden_states)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1), kept, memories
 
     def _call(self, like, seq_len: int, lengths=None, cache=None, past=None) -> Call:
@@ -432,13 +446,16 @@ class BMojoModel(BMojoPreTrainedModel):
         scaling, steps = cache.steps[1]
         return scaling, steps[phase], phase
 
-    def _run_layers(self, hidden_states, call: Call, cache, keep_hidden: bool):
-        """Hidden states, the inputs of all layers if kept, what they remembered, their states, and how to replay them."""
+    def _run_layers(self, hidden_states, call: Call, cache, keep_hidden: bool, state_only: bool = False):
+        """Hidden states, the inputs of all layers if kept, what they remembered, their states, and how to replay them.
+
+        With `state_only` nothing is made of the hidden states that the last layer alone would need.
+        """
         if not hidden_states.numel():  # no token: no layer runs, no state changes
             states = None if cache is None else [layer.state for layer in cache.layers]
             return hidden_states, [hidden_states] * len(self.layers), [{}] * len(self.layers), states, None
         if keep_hidden or not _skips_autograd(call, hidden_states):
-            return self._each_layer(hidden_states, call, cache, keep_hidden)
+            return self._each_layer(hidden_states, call, cache, keep_hidden, state_only)
         with torch.inference_mode():  # a tenth of a token's time would go into what autograd keeps
             hidden_states, kept, memories, states, replays = self._each_layer(hidden_states, call, cache, False)
         for state in states:
@@ -447,7 +464,7 @@ class BMojoModel(BMojoPreTrainedModel):
                     state[name] = tensor.clone()
         return hidden_states, kept, memories, states, replays
 
-    def _each_layer(self, hidden_states, call: Call, cache, keep_hidden: bool):
+    def _each_layer(self, hidden_states, call: Call, cache, keep_hidden: bool, state_only: bool = False):
         """As `_run_layers`, in the mode that is on."""
         kept, memories, states, replays = [], [], [], []
         recording = cache is not None and cache.is_recording_past()
@@ -462,10 +479,28 @@ class BMojoModel(BMojoPreTrainedModel):
                 state = cache.layer_state(layer_idx, self.layer_types[layer_idx], like)
                 if recording:
                     replays.append(partial(_replay, layer, hidden_states.detach(), call, state))
+            if state_only and layer is self.layers[-1]:
+                call = replace(call, state_only=True)
             hidden_states, state, memory = layer(hidden_states, call, state)
             states.append(state)
             memories.append(memory)
         return hidden_states, kept, memories, states, replays or None
+
+
+def _pieces(rows: torch.Tensor, lengths: torch.Tensor | None, size: int, apart: bool) -> list[tuple]:
+    """Rows (rows, seq_len, hidden_size) in pieces of `size` columns, each with the real tokens that its rows have there.
+
+    With `apart` the last token of every row, which has one, is the last piece.
+    """
+    last = []
+    if apart:
+        last = [(rows[:, -1:] if lengths is None else take_rows(rows, lengths[:, None] - 1), None)]
+        rows, lengths = rows[:, :-1], None if lengths is None else lengths - 1
+    parts = rows.split(size, 1) if rows.shape[1] > size else (rows,)
+    if lengths is None:
+        return [*((part, None) for part in parts), *last]
+    real = [(lengths - number * size).clamp(min=0, max=part.shape[1]) for number, part in enumerate(parts)]
+    return [*zip(parts, real, strict=True), *last]
 
 
 def _skips_autograd(call: Call, hidden_states) -> bool:
@@ -567,6 +602,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         The other arguments and the errors are those of `BMojoModel.forward`.
         """
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -580,6 +616,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
+            last_only=last_only,
             **kwargs,
         )
         hidden_states = kept = outputs.last_hidden_state

@@ -513,3 +513,74 @@ def test_long_prompts_are_read_in_pieces(tiny_model, monkeypatch, changes, side)
         assert tensor.shape == outputs[1000].cache.tensors()[name].shape
     assert outputs[7].cache.get_seq_length() == 47
     assert torch.equal(outputs[7].cache.lengths, outputs[1000].cache.lengths)
+
+
+LAST_LAYERS = {
+    "bmojo": {},
+    "bmojo, rank, untied, fading query": {"eidetic_position": "rank", "tie_attn_weights": False, "fading_query": True},
+    "bmojo-f": {"eidetic_size": 0},
+    "bmojo without fading span": {"fading_span": False, "innovation_predictor": "random"},
+    **{
+        kind: {"layers_block_type": ["bmojo", kind]}
+        for kind in ("mamba", "mamba2", "gated_deltanet", "gated_kalmanet")
+    },
+    **{kind: {"layers_block_type": ["bmojo", kind]} for kind in ("sliding_attention", "full_attention", "hybrid")},
+}
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("last", LAST_LAYERS)
+@torch.no_grad()
+def test_where_one_logit_is_wanted_the_last_layer_only_keeps_state_for_the_others(tiny_model, monkeypatch, last, side):
+    """The prompt's last token has a step of its own then: the same logits and cache, for padded batches too."""
+    model = tiny_model(dtype=torch.float64, **LAST_LAYERS[last])
+    ids, mask = random_ids(3, 45), None
+    if side != "none":
+        ids, mask = padded([random_ids(1, length, seed=length)[0] for length in (45, 20, 3)], side)
+    seen = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda mlp, inputs, output: seen.append(output.shape[1]))
+    monkeypatch.setattr(type(model.model), "prefill_piece", 1000)
+    whole = model(ids, attention_mask=mask, logits_to_keep=1)
+    assert seen == [45]  # a short prompt is read at once
+    monkeypatch.setattr(type(model.model), "prefill_apart", 40)
+    for piece in (7, 1000):
+        monkeypatch.setattr(type(model.model), "prefill_piece", piece)
+        seen.clear()
+        out = model(ids, attention_mask=mask, logits_to_keep=1)
+        if side == "right":  # the last column is padding: nothing says that its output is not wanted
+            assert sum(seen) == 45
+        else:
+            assert seen == [1]
+            torch.testing.assert_close(out.logits, whole.logits, rtol=0, atol=1e-12)
+        assert torch.equal(out.cache.lengths, whole.cache.lengths)
+        assert out.cache.get_seq_length() == 45
+        fresh = model(ids, attention_mask=mask, logits_to_keep=1).cache  # a cache of its own to go on from
+        for name, tensor in whole.cache.tensors().items():
+            assert fresh.tensors()[name].shape == tensor.shape
+        begun = model(ids, attention_mask=mask, use_cache=True).cache
+        torch.testing.assert_close(
+            model(ids[:, :5], cache=fresh).logits, model(ids[:, :5], cache=begun).logits, rtol=0, atol=1e-12
+        )
+
+
+@torch.no_grad()
+def test_what_else_is_asked_for_is_made_for_all_tokens(tiny_model, monkeypatch):
+    model, ids = tiny_model(dtype=torch.float64), random_ids(2, 45)
+    monkeypatch.setattr(type(model.model), "prefill_apart", 40)
+    everything = model(ids)
+    for wish in ({"output_hidden_states": True}, {"output_eidetic": True}, {"use_cache": False}):
+        out = model(ids, logits_to_keep=1, **wish)
+        torch.testing.assert_close(out.logits, everything.logits[:, -1:], rtol=0, atol=1e-12)
+        if "output_hidden_states" in wish:
+            assert [part.shape for part in out.hidden_states] == [(2, 45, 24)] * 3
+        if "output_eidetic" in wish:
+            assert out.innovations[-1].shape == (2, 45)
+            assert torch.equal(out.eidetic_positions[-1], model(ids, output_eidetic=True).eidetic_positions[-1])
+    base = model.model(ids, last_only=True)
+    assert base.last_hidden_state.shape == (2, 1, 24)
+    last = model.model(ids, use_cache=False).last_hidden_state[:, -1:]
+    torch.testing.assert_close(base.last_hidden_state, last, rtol=0, atol=1e-12)
+    with torch.enable_grad():
+        model.train()
+        model(ids, logits_to_keep=1).logits.sum().backward()
+    assert model.model.layers[-1].mlp.down_proj.weight.grad.abs().sum() > 0
