@@ -238,7 +238,7 @@ class BMojoModel(BMojoPreTrainedModel):
         cu_seq_lens_k: torch.Tensor | None = None,
         return_dict: bool | None = None,
         past_key_values: BMojoCache | None = None,
-        last_only: bool = False,
+        outputs_to_keep: int | None = None,
         **kwargs,
     ) -> BMojoModelOutput | tuple:
         """Run the layers.
@@ -253,14 +253,18 @@ class BMojoModel(BMojoPreTrainedModel):
             seq_idx, cu_seq_lens_q: other ways to say where packed documents begin: (batch, seq_len) document numbers;
                 (documents + 1,) offsets into a batch of one row.
             past_key_values: the cache under its old name.
-            last_only: return the last hidden states of the last column alone, (batch, 1, hidden_size): what a prompt's reader
-                asks for. On a CPU the last layer then makes nothing of the other tokens but its state.
+            outputs_to_keep: return the last hidden states of the last so many columns alone; None: of all. Who reads a prompt
+                wants 1 of them, or 0: the last layer then makes nothing of the other tokens but its state (for 1 on a CPU).
 
         Raises:
             ValueError: an input is malformed, contradicts another, or asks for what the model has not.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if outputs_to_keep is not None and outputs_to_keep < 0:
+            raise ValueError(
+                f"outputs_to_keep is {outputs_to_keep}; it counts the last columns: 0 or more, or None for all."
+            )
         _check_arguments(self.config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         if self.residual_in_fp32:
@@ -286,16 +290,18 @@ class BMojoModel(BMojoPreTrainedModel):
         else:
             rows = inputs_embeds if layout is None else layout.to_rows(inputs_embeds)
             whole = bool(output_hidden_states or output_eidetic)
-            found = self._read(rows, layout, tokens, cache, whole, last_only)
+            found = self._read(rows, layout, tokens, cache, whole, outputs_to_keep)
             hidden_states, all_hidden_states, memories = found
 
         back = (lambda x: x) if layout is None else layout.from_rows
-        last_hidden_state = normed(self.norm, hidden_states, self.residual_in_fp32)
-        if hidden_states.shape[1] == rows.shape[1]:  # else the last column alone
-            last_hidden_state = back(last_hidden_state)
+        last_hidden_state = kept = normed(self.norm, hidden_states, self.residual_in_fp32)
+        if hidden_states.shape[1] == rows.shape[1]:  # else those that are wanted, and no more
+            last_hidden_state = kept = back(last_hidden_state)
+            if outputs_to_keep is not None:
+                kept = kept[:, max(0, kept.shape[1] - outputs_to_keep) :]
         losses = [memory["loss"] for memory in memories if "loss" in memory]
         output = BMojoModelOutput(
-            last_hidden_state=last_hidden_state[:, -1:] if last_only else last_hidden_state,
+            last_hidden_state=kept,
             hidden_states=(*map(back, all_hidden_states), last_hidden_state) if output_hidden_states else None,
             predictor_loss=torch.stack(losses).sum() if losses and self.training else None,
             **{CACHE_NAME: cache if use_cache else None},
@@ -338,34 +344,34 @@ class BMojoModel(BMojoPreTrainedModel):
             return False
         return use_cache
 
-    def _read(self, rows, layout, tokens, cache, whole: bool, last_only: bool):
+    def _read(self, rows, layout, tokens, cache, whole: bool, outputs_to_keep: int | None):
         """Run the layers on rows (rows, seq_len, hidden_size) and store what the cache needs.
 
         A long text that goes into a cache without gradients is read in pieces, which bounds memory and is as exact as
         any other split of a sequence, unless `whole` says that the outputs of the layers are wanted for all of it. Where
-        the last column alone is wanted, it is a piece of its own, if that pays.
+        the last column's output alone is wanted it is a piece of its own, if that pays.
 
         Returns:
-            The last hidden states (of the last column alone where it was a piece of its own), the inputs of all layers and
+            The last hidden states (of the columns to keep alone where others were not made), the inputs of all layers and
             what they remembered (of the last piece).
         """
         plain = cache is None or cache.is_recording_past() or torch.is_grad_enabled() or torch.compiler.is_compiling()
         splits = not (plain or whole)
         size = self.prefill_piece if splits else rows.shape[1]
-        apart = last_only and splits and rows.is_cpu and rows.shape[1] >= self.prefill_apart
+        apart = outputs_to_keep == 1 and splits and rows.is_cpu and rows.shape[1] >= self.prefill_apart
         apart = apart and (tokens is None or bool(tokens[:, -1].all()))
+        none_kept = outputs_to_keep == 0 and splits
         pieces = _pieces(rows, None if layout is None else layout.lengths, size, apart)
         parts = []
         for number, (piece, lengths) in enumerate(pieces, 1):
             past = None if cache is None else cache.begin(piece)
             call = self._call(piece, piece.shape[1], lengths, cache, past)
-            state_only = apart and number < len(pieces)
+            state_only = none_kept or (apart and number < len(pieces))
             hidden_states, kept, memories, states, replays = self._run_layers(piece, call, cache, whole, state_only)
             if cache is not None:
                 read = tokens if len(pieces) == 1 else call.real()  # in pieces: places in the row, which count alike
                 cache.store(states, piece.shape[1], read, replays)
-            if not state_only:
-                parts.append(hidden_states)
+            parts.append(hidden_states[:, :0] if state_only else hidden_states)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1), kept, memories
 
     def _call(self, like, seq_len: int, lengths=None, cache=None, past=None) -> Call:
@@ -602,7 +608,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         The other arguments and the errors are those of `BMojoModel.forward`.
         """
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
-        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
+        wants_one = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -616,7 +622,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
-            last_only=last_only,
+            outputs_to_keep=1 if wants_one else None,
             **kwargs,
         )
         hidden_states = kept = outputs.last_hidden_state

@@ -23,7 +23,7 @@ def read(model, tokens: torch.Tensor, segment: int = 1024):
     """Read tokens (1, length) in segments and return the cache."""
     cache = None
     for piece in tokens.split(segment, dim=1):
-        cache = model(piece, cache=cache, use_cache=True, logits_to_keep=1).cache
+        cache = model.base_model(piece, cache=cache, use_cache=True, outputs_to_keep=0).cache
     return cache
 
 

@@ -33,7 +33,7 @@ def read_ahead(model: PreTrainedModel, ids: torch.Tensor):
     cache = None
     with tqdm(total=sum(piece.shape[1] for piece in pieces), unit=" tokens", unit_scale=True, desc="reading") as bar:
         for piece in pieces:
-            cache = model(piece, cache=cache, use_cache=True, logits_to_keep=1).cache
+            cache = model.base_model(piece, cache=cache, use_cache=True, outputs_to_keep=0).cache
             bar.update(piece.shape[1])
     return cache
 

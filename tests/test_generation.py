@@ -554,13 +554,14 @@ def test_where_one_logit_is_wanted_the_last_layer_only_keeps_state_for_the_other
             torch.testing.assert_close(out.logits, whole.logits, rtol=0, atol=1e-12)
         assert torch.equal(out.cache.lengths, whole.cache.lengths)
         assert out.cache.get_seq_length() == 45
-        fresh = model(ids, attention_mask=mask, logits_to_keep=1).cache  # a cache of its own to go on from
         for name, tensor in whole.cache.tensors().items():
-            assert fresh.tensors()[name].shape == tensor.shape
-        begun = model(ids, attention_mask=mask, use_cache=True).cache
-        torch.testing.assert_close(
-            model(ids[:, :5], cache=fresh).logits, model(ids[:, :5], cache=begun).logits, rtol=0, atol=1e-12
-        )
+            assert out.cache.tensors()[name].shape == tensor.shape
+        seen.clear()
+        silent = model.model(ids, attention_mask=mask, outputs_to_keep=0)
+        assert (silent.last_hidden_state.shape[1], seen) == (0, [])
+        want = model(ids[:, :5], cache=model(ids, attention_mask=mask).cache).logits
+        for cache in (out.cache, silent.cache):
+            torch.testing.assert_close(model(ids[:, :5], cache=cache).logits, want, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -576,10 +577,13 @@ def test_what_else_is_asked_for_is_made_for_all_tokens(tiny_model, monkeypatch):
         if "output_eidetic" in wish:
             assert out.innovations[-1].shape == (2, 45)
             assert torch.equal(out.eidetic_positions[-1], model(ids, output_eidetic=True).eidetic_positions[-1])
-    base = model.model(ids, last_only=True)
-    assert base.last_hidden_state.shape == (2, 1, 24)
-    last = model.model(ids, use_cache=False).last_hidden_state[:, -1:]
-    torch.testing.assert_close(base.last_hidden_state, last, rtol=0, atol=1e-12)
+    want = model.model(ids, use_cache=False).last_hidden_state
+    for keep in (0, 1, 3, 45, 60):
+        for use_cache in (True, False):
+            kept = model.model(ids, outputs_to_keep=keep, use_cache=use_cache).last_hidden_state
+            torch.testing.assert_close(kept, want[:, max(0, 45 - keep) :], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="0 or more"):
+        model.model(ids, outputs_to_keep=-1)
     with torch.enable_grad():
         model.train()
         model(ids, logits_to_keep=1).logits.sum().backward()
