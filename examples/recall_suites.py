@@ -70,6 +70,9 @@ SUITES = {
     },
     "minute": {
         "bmojo": bmojo(MINUTE),
+        "bmojo-m32": bmojo(MINUTE, eidetic_size=32),
+        "bmojo-stages": bmojo(MINUTE | {"stages": ((4, 32), (8, 64))}),
+        "bmojo-m32-stages": bmojo(MINUTE | {"stages": ((4, 32), (8, 64))}, eidetic_size=32),
         "bmojo-random-choice": bmojo(MINUTE, innovation_predictor="random"),
         "bmojo-f": bmojo(MINUTE, model="bmojo-f"),
         "mamba2-expand2-state32": MINUTE | MAMBA2,
