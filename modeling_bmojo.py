@@ -602,7 +602,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         Args:
             labels: (batch, seq_len), shifted inside; -100 is ignored. So are padding and the first token of every row or
                 packed document, which nothing of its own predicts. logits_to_keep must then be 0.
-            logits_to_keep: only the last so many logits, or those at these indices; 0 keeps all.
+            logits_to_keep: only the last so many logits, or those at these indices; 0 keeps all. 1 saves the last layer's work
+                on a long prompt too (`outputs_to_keep` of `BMojoModel.forward`).
             kwargs: for the loss (`num_items_in_batch`, `shift_labels`).
 
         The other arguments and the errors are those of `BMojoModel.forward`.
