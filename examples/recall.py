@@ -405,13 +405,15 @@ def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
     """Run the rows that have no results yet.
 
     Args:
-        rows: name to fields of `Run`; "lr" may be a list, the grid.
+        rows: name to fields of `Run`; "lr" may be a list, the grid, or the name of another row, whose choice is taken.
         output: folder of the results, `<row>/lr<lr>-seed<seed>.json`. What a suite beside it has run already is copied.
         seeds: the first chooses among the learning rates.
         bar: whether to show progress.
     """
+    chosen = {}
     for name, fields in rows.items():
         grid = fields.get("lr", Run.lr)
+        grid = chosen[grid] if isinstance(grid, str) else grid
         grid = grid if isinstance(grid, (list, tuple)) else [grid]
 
         def result(lr, seed, fields=fields, name=name):
@@ -426,7 +428,7 @@ def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
         def judge(found):
             return np.mean([test["accuracy"] for test in found["tests"].values()])
 
-        best = max(grid, key=lambda lr: judge(result(lr, seeds[0])))
+        best = chosen[name] = max(grid, key=lambda lr: judge(result(lr, seeds[0])))
         for seed in seeds[1:]:
             result(best, seed)
 
@@ -500,7 +502,11 @@ def main():
         unknown = set(args.only or ()) - set(rows)
         if unknown:
             raise SystemExit(f"{args.suite} has no row {', '.join(sorted(unknown))}; it has {', '.join(rows)}.")
-        rows = {name: rows[name] for name in args.only or rows}
+        wanted = set(args.only or rows)
+        wanted |= {
+            rows[name]["lr"] for name in wanted if isinstance(rows[name]["lr"], str)
+        }  # those that choose for others
+        rows = {name: fields for name, fields in rows.items() if name in wanted}
         run_suite(rows, Path(args.output) / args.suite, seeds, bar)
         return
     try:

@@ -42,13 +42,14 @@ def sixteen_rows(filler: str) -> dict:
 
 
 def mad_rows() -> dict:
-    """Four tasks of MAD at two sizes of model, on its 12,800 examples."""
+    """Four tasks of MAD at two sizes of model, on its 12,800 examples; the larger takes the smaller's learning rate."""
     rows = {}
     budget = {"lr": GRID, "seconds": None, "steps": 1500, "train_examples": 12800}
     for task in ("in-context-recall", "noisy-recall", "fuzzy-recall", "selective-copying"):
         for hidden in (64, 128):
             for model in ("bmojo", "bmojo-f", "mamba2", "sliding", "attention"):
-                row = budget | {"task": task, "model": model, "hidden_size": hidden}
+                rate = GRID if hidden == 64 else f"{task}-64-{model}"
+                row = budget | {"task": task, "model": model, "hidden_size": hidden, "lr": rate}
                 rows[f"{task}-{hidden}-{model}"] = row | {"fields": {"mamba_head_dim": hidden // 2}}
     return rows
 

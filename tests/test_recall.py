@@ -311,6 +311,23 @@ def test_a_suite_runs_what_is_missing_with_the_best_rate(tmp_path, monkeypatch):
     assert made[4:] == [(0.2, 2), (0.5, 0), (0.5, 1), (0.5, 2)]
 
 
+def test_a_row_takes_the_rate_that_another_has_chosen(tmp_path, monkeypatch):
+    made = []
+
+    def train(run, bar):
+        made.append((run.hidden_size, run.lr, run.seed))
+        return {"run": {}, "steps": 1, "cpu_seconds": 0.0, "tests": {"64": {"accuracy": run.lr}}}
+
+    monkeypatch.setattr(recall, "train", train)
+    monkeypatch.setattr(recall, "describe", lambda result: "")
+    monkeypatch.setattr(recall, "find_equal", lambda run, suites: None)
+    rows = {"small": {"lr": (0.1, 0.2), "hidden_size": 8}, "large": {"lr": "small", "hidden_size": 16}}
+    monkeypatch.setitem(recall.SUITES, "two", rows)
+    monkeypatch.setattr(sys, "argv", ["recall.py", "--suite", "two", "--only", "large", "--output", str(tmp_path)])
+    recall.main()
+    assert made == [(8, 0.1, 0), (8, 0.2, 0), (8, 0.2, 1), (8, 0.2, 2), (16, 0.2, 0), (16, 0.2, 1), (16, 0.2, 2)]
+
+
 def test_what_another_suite_has_run_is_not_run_again(tmp_path, monkeypatch):
     def train(run, bar):
         made.append(run)
