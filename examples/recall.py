@@ -504,7 +504,7 @@ def main():
             raise SystemExit(f"{args.suite} has no row {', '.join(sorted(unknown))}; it has {', '.join(rows)}.")
         wanted = set(args.only or rows)
         wanted |= {
-            rows[name]["lr"] for name in wanted if isinstance(rows[name]["lr"], str)
+            rows[name]["lr"] for name in wanted if isinstance(rows[name].get("lr"), str)
         }  # those that choose for others
         rows = {name: fields for name, fields in rows.items() if name in wanted}
         run_suite(rows, Path(args.output) / args.suite, seeds, bar)
