@@ -8,7 +8,8 @@ GRID = (1e-3, 2e-3, 4e-3)  # learning rates, the same for every model
 EIGHT = {"lr": GRID, "seconds": None, "steps": 2000}  # 8 pairs in 64 tokens of random filler, 2.0M tokens
 ABLATION = EIGHT | {"lr": 2e-3}  # the rate that the grid chose for the whole layer
 LEAD = ABLATION | {"task_fields": {"filler": "repeated", "lead": 16}}  # 16 tokens of filler before the evidence
-MINUTE = {"lr": (2e-3, 3e-3, 4e-3), "seconds": 60.0, "batch_size": 32}  # of CPU time, whatever that buys a model
+MINUTE = {"lr": (2e-3, 3e-3, 4e-3), "seconds": 60.0, "batch_size": 32}  # of CPU time, whatever that buys a model,
+MINUTE |= {"stages": ((4, 32), (8, 64))}  # and first with 4 pairs
 REPEATED = EIGHT | {"task_fields": {"filler": "repeated"}, "eval_lengths": (512, 1024)}
 
 
@@ -72,15 +73,14 @@ SUITES = {
     "minute": {
         "bmojo": bmojo(MINUTE),
         "bmojo-m32": bmojo(MINUTE, eidetic_size=32),
-        "bmojo-stages": bmojo(MINUTE | {"stages": ((4, 32), (8, 64))}),
-        "bmojo-m32-stages": bmojo(MINUTE | {"stages": ((4, 32), (8, 64))}, eidetic_size=32),
-        "bmojo-random-choice": bmojo(MINUTE, innovation_predictor="random"),
-        "bmojo-f": bmojo(MINUTE, model="bmojo-f"),
+        "bmojo-m32-random-choice": bmojo(MINUTE, eidetic_size=32, innovation_predictor="random"),
         "mamba2-expand2-state32": MINUTE | MAMBA2,
-        "mamba2-state64": MINUTE | {"model": "mamba2", "fields": {"state_size": 64}},
         "sliding": MINUTE | {"model": "sliding"},
         "hybrid": MINUTE | {"model": "hybrid"},
+        "jamba": MINUTE | {"model": "jamba"},
         "attention": MINUTE | {"model": "attention"},
+        "bmojo-at-once": bmojo(MINUTE | {"stages": ()}),
+        "bmojo-m32-at-once": bmojo(MINUTE | {"stages": ()}, eidetic_size=32),
     },
     "length": {
         "bmojo": bmojo(REPEATED),
