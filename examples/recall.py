@@ -503,10 +503,8 @@ def main():
         if unknown:
             raise SystemExit(f"{args.suite} has no row {', '.join(sorted(unknown))}; it has {', '.join(rows)}.")
         wanted = set(args.only or rows)
-        wanted |= {
-            rows[name]["lr"] for name in wanted if isinstance(rows[name].get("lr"), str)
-        }  # those that choose for others
-        rows = {name: fields for name, fields in rows.items() if name in wanted}
+        choosers = {rows[name].get("lr") for name in wanted} & set(rows)  # rows whose learning rate these take
+        rows = {name: fields for name, fields in rows.items() if name in wanted | choosers}
         run_suite(rows, Path(args.output) / args.suite, seeds, bar)
         return
     try:
