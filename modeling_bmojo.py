@@ -1,6 +1,7 @@
 """B'MOJO in transformers: layers that answer each token from a window, a fading and an eidetic memory (arXiv 2407.06324)."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -261,11 +262,7 @@ class BMojoModel(BMojoPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if outputs_to_keep is not None and outputs_to_keep < 0:
-            raise ValueError(
-                f"outputs_to_keep is {outputs_to_keep}; it counts the last columns: 0 or more, or None for all."
-            )
-        _check_arguments(self.config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs)
+        _check_arguments(self.config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, outputs_to_keep, kwargs)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         if self.residual_in_fp32:
             inputs_embeds = widen(inputs_embeds)
@@ -294,22 +291,17 @@ class BMojoModel(BMojoPreTrainedModel):
             hidden_states, all_hidden_states, memories = found
 
         back = (lambda x: x) if layout is None else layout.from_rows
-        last_hidden_state = kept = normed(self.norm, hidden_states, self.residual_in_fp32)
-        if hidden_states.shape[1] == rows.shape[1]:  # else those that are wanted, and no more
-            last_hidden_state = kept = back(last_hidden_state)
-            if outputs_to_keep is not None:
-                kept = kept[:, max(0, kept.shape[1] - outputs_to_keep) :]
+        last_hidden_state = normed(self.norm, hidden_states, self.residual_in_fp32)
+        if hidden_states.shape[1] == rows.shape[1]:  # else only what is wanted was made
+            last_hidden_state = back(last_hidden_state)
         losses = [memory["loss"] for memory in memories if "loss" in memory]
         output = BMojoModelOutput(
-            last_hidden_state=kept,
+            last_hidden_state=_last_columns(last_hidden_state, outputs_to_keep),
             hidden_states=(*map(back, all_hidden_states), last_hidden_state) if output_hidden_states else None,
             predictor_loss=torch.stack(losses).sum() if losses and self.training else None,
             **{CACHE_NAME: cache if use_cache else None},
+            **(_shown(memories, back) if output_eidetic else {}),
         )
-        if output_eidetic:
-            found = [memory.get("innovation") for memory in memories]
-            output.innovations = tuple(None if innovation is None else back(innovation) for innovation in found)
-            output.eidetic_positions = tuple(memory.get("positions") for memory in memories)
         return output if return_dict in (None, True) else output.to_tuple()
 
     def embed(self, input_ids, inputs_embeds):
@@ -493,6 +485,20 @@ class BMojoModel(BMojoPreTrainedModel):
         return hidden_states, kept, memories, states, replays or None
 
 
+def _shown(memories: list[dict], back: Callable) -> dict[str, tuple]:
+    """What `output_eidetic` asks for, of every layer."""
+    found = [memory.get("innovation") for memory in memories]
+    return {
+        "innovations": tuple(None if innovation is None else back(innovation) for innovation in found),
+        "eidetic_positions": tuple(memory.get("positions") for memory in memories),
+    }
+
+
+def _last_columns(x: torch.Tensor, count: int | None) -> torch.Tensor:
+    """The last so many columns of (batch, seq_len, ...); all for None."""
+    return x if count is None else x[:, max(0, x.shape[1] - count) :]
+
+
 def _pieces(rows: torch.Tensor, lengths: torch.Tensor | None, size: int, apart: bool) -> list[tuple]:
     """Rows (rows, seq_len, hidden_size) in pieces of `size` columns, each with the real tokens that its rows have there.
 
@@ -531,8 +537,12 @@ def _check_cache(cache, config):
     cache.check_model(config)
 
 
-def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, kwargs):
+def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, outputs_to_keep, kwargs):
     """Refuse what would otherwise be ignored."""
+    if outputs_to_keep is not None and outputs_to_keep < 0:
+        raise ValueError(
+            f"outputs_to_keep is {outputs_to_keep}; it counts the last columns: 0 or more, or None for all."
+        )
     if output_attentions or (output_attentions is None and config.output_attentions):
         raise ValueError(
             "output_attentions is not supported: a query's keys differ from layer to layer and are no positions of the input. "
@@ -626,12 +636,9 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             outputs_to_keep=1 if wants_one else None,
             **kwargs,
         )
-        hidden_states = kept = outputs.last_hidden_state
-        if not isinstance(logits_to_keep, int):
-            kept = hidden_states[:, logits_to_keep]
-        elif logits_to_keep:
-            kept = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(kept)
+        hidden_states = outputs.last_hidden_state
+        chosen = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, chosen])
         if self.lm_head_multiplier != 1:
             logits = logits * self.lm_head_multiplier
 
