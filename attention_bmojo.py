@@ -197,7 +197,9 @@ class BMojoWindowAttention(BMojoAttention):
 
     def attend_to_cache(self, state, call: Call, query, eidetic_query=None, fading_query=None):
         """The mix of values for one query of each row, (rows, 1, heads, head_dim); queries are scaled already."""
-        key, value, mask = state["key"], state["value"], call.step.mask[self.layer_type]
+        key, value, mask, near = state["key"], state["value"], call.step.mask[self.layer_type], call.step.near
+        if near is not None:
+            return cache_attention(query, key.narrow(2, 0, near), value.narrow(2, 0, near), mask)
         eidetic_key = None
         if eidetic_query is not None and self.ranked:
             eidetic_key = self.eidetic_key(self.in_cache(state, "key", "eidetic").to(query.dtype), call)

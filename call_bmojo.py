@@ -27,6 +27,8 @@ class Step:
             heads, (rows, 1, heads, head_dim); times the scale of the scores for queries.
         predictor: weights of the outputs in `history` for the prediction of this one, (rows, 1, innovation_kernel).
         boundary: rows that begin a chunk, (rows, 1) bool; None where none does.
+        near: how many slots, the first ones of the window, hold all that is seen, while nothing has left it; None: all may.
+            `mask` then is for these.
     """
 
     index: dict[str, torch.Tensor]
@@ -37,8 +39,9 @@ class Step:
     sin: torch.Tensor
     predictor: torch.Tensor
     boundary: torch.Tensor | None
+    near: int | None = None
 
-    def split(self, rows: int) -> list["Step"]:
+    def split(self, rows: int, near: int | None) -> list["Step"]:
         """The steps of its rows one by one, each for `rows` rows that are all as far; the first row begins a chunk."""
 
         def each(part, rows=1):
@@ -47,7 +50,7 @@ class Step:
         count = len(self.cos)
         index = {name: each(part, rows) for name, part in self.index.items()}
         slots = [None] * count if self.slot is None else each(self.slot, rows)
-        masks = {name: each(part) for name, part in self.mask.items()}
+        masks = {name: each(part[..., :near]) for name, part in self.mask.items()}
         outputs, predictors = each(self.output, rows), each(self.predictor, rows)
         begins = torch.ones(rows, 1, dtype=torch.bool, device=self.cos.device)
         steps = []
@@ -55,7 +58,7 @@ class Step:
             own = {name: part[number] for name, part in index.items()}
             mask = {name: part[number] for name, part in masks.items()}
             boundary = None if number else begins
-            steps.append(Step(own, slots[number], outputs[number], mask, cos, sin, predictors[number], boundary))
+            steps.append(Step(own, slots[number], outputs[number], mask, cos, sin, predictors[number], boundary, near))
         return steps
 
 

@@ -439,7 +439,8 @@ class BMojoModel(BMojoPreTrainedModel):
             _, scaling = rotary_frequencies(self.config)
             past = torch.arange(start, start + self.chunk, device=like.device)
             step = make_step(self.plan, past, like, table, scaling)
-            cache.steps = which, (scaling, step.split(rows))
+            short = start + self.chunk <= self.plan.sliding_window and like.is_cpu
+            cache.steps = which, (scaling, step.split(rows, start + self.chunk if short else None))
         scaling, steps = cache.steps[1]
         return scaling, steps[phase], phase
 

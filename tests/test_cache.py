@@ -187,7 +187,7 @@ def test_bytes(tiny_model, changes, rows, dtype):
         found.append((seen, held))
     assert [seen for seen, _ in found] == [1, WINDOW, 2 * WINDOW, 20 * WINDOW]
     assert len({held for _, held in found}) == (4 if grows else 1)
-    assert len(set(tables)) == 1
+    assert tables[0] == tables[1] <= tables[2] == tables[3]  # smaller while nothing has left the window
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
