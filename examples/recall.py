@@ -420,9 +420,11 @@ def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
             path = output / name / f"lr{lr:g}-seed{seed}.json"
             if not path.exists():
                 run = Run(**fields | {"lr": lr, "seed": seed})
-                found = find_equal(run, output.parent) or train(run, bar)
+                found = find_equal(run, output.parent)
+                how = "copied from the same run of another row: " if found else ""
+                found = found or train(run, bar)
                 save(found, path)
-                print(f"{name}: {describe(found)}", flush=True)
+                print(f"{name}: {how}{describe(found)}", flush=True)
             return json.loads(path.read_text(encoding="utf-8"))
 
         def judge(found):

@@ -113,7 +113,7 @@ def plot(rows: dict[str, list[dict]], target: Path, title: str):
         left.set(xscale="log", xlabel="tokens in the test")
     else:
         left.set_xticks(range(len(rows)), list(rows), rotation=25, ha="right")
-    right.set(xscale="log", xlabel="numbers of memory", ylabel="accuracy at the longest test")
+    right.set(xscale="log", xlabel="floats of memory", ylabel="accuracy at the longest test")
     left.set(ylabel="accuracy", title=title)
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
@@ -142,7 +142,7 @@ def plot_memory(rows: dict[str, list[dict]], target: Path, title: str):
     for kind, points in kinds.items():
         draw_spread(axes, *zip(*sorted(points), strict=True), label=kind)
     axes.axhline(next(iter(rows.values()))[0]["chance"], color="grey", ls=":", lw=1)
-    axes.set(xscale="log", xlabel="numbers of memory", ylabel="accuracy", ylim=(-0.03, 1.03), title=title)
+    axes.set(xscale="log", xlabel="floats of memory", ylabel="accuracy", ylim=(-0.03, 1.03), title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, target)

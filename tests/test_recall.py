@@ -1,6 +1,7 @@
 """The recall tasks against their definitions, solved by readers of the prompt; and the program around them, in small."""
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -328,7 +329,7 @@ def test_a_row_takes_the_rate_that_another_has_chosen(tmp_path, monkeypatch):
     assert made == [(8, 0.1, 0), (8, 0.2, 0), (8, 0.2, 1), (8, 0.2, 2), (16, 0.2, 0), (16, 0.2, 1), (16, 0.2, 2)]
 
 
-def test_what_another_suite_has_run_is_not_run_again(tmp_path, monkeypatch):
+def test_what_another_suite_has_run_is_not_run_again(tmp_path, monkeypatch, capsys):
     def train(run, bar):
         made.append(run)
         tests = {"64": {"accuracy": 0.1 * len(made)}}
@@ -339,7 +340,12 @@ def test_what_another_suite_has_run_is_not_run_again(tmp_path, monkeypatch):
     row = {"model": "sliding", "window": 16, "stages": ((4, 32), (8, 64)), "lr": 0.1}
     recall.run_suite({"one": row}, tmp_path / "first", [0, 1], False)
     assert len(made) == 2
+    assert "copied" not in capsys.readouterr().out
     recall.run_suite({"two": row, "three": row | {"window": 32}}, tmp_path / "second", [0, 1], False)
+    assert (
+        re.findall("^(two|three): (copied)?", capsys.readouterr().out, re.M)
+        == [("two", "copied")] * 2 + [("three", "")] * 2
+    )
     assert [run.window for run in made] == [16, 16, 32, 32]
     for seed in (0, 1):
         first = tmp_path / "first" / "one" / f"lr0.1-seed{seed}.json"
