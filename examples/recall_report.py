@@ -158,20 +158,25 @@ def plot_tasks(rows: dict[str, list[dict]], target: Path, title: str):
         tasks.setdefault(run["task"], {}).setdefault(run["hidden_size"], {})[run["model"]] = results
     figure = Figure(figsize=(3.2 * len(tasks) + 1, 4.2), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    names = sorted({name for sizes in tasks.values() for models in sizes.values() for name in models})
+    all_sizes = sorted({size for sizes in tasks.values() for size in sizes})
     for axes, (task, sizes) in zip(panels, tasks.items(), strict=True):
-        names = list(dict.fromkeys(name for models in sizes.values() for name in models))
-        for number, (size, models) in enumerate(sorted(sizes.items())):
+        for size, models in sorted(sizes.items()):
+            number = all_sizes.index(size)
             at = [names.index(name) + 0.12 * number for name in models]
-            draw_spread(
-                axes, at, [accuracies(results)[-1] for results in models.values()], f"hidden size {size}", ls=""
-            )
+            values = [accuracies(results)[-1] for results in models.values()]
+            draw_spread(axes, at, values, f"hidden size {size}", ls="", color=f"C{number}")
         chance = next(iter(next(iter(sizes.values())).values()))[0]["chance"]
         axes.axhline(chance, color="grey", ls=":", lw=1)
         axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
         axes.set(title=task, ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy")
-    panels[-1].legend(fontsize=8, loc="lower right")
+    entries = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries, fontsize=8, loc="outside lower center", ncols=len(entries))
     figure.suptitle(title)
     save_figure(figure, target)
 
