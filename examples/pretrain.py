@@ -244,17 +244,72 @@ def plot_losses(log_file: Path, target: Path):
     figure.savefig(target, dpi=120)
 
 
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for matrices, AdamW for the rest, behind one optimizer's parameter groups, state and state_dict.
+
+    Muon makes the momentum of a matrix orthogonal before it is added (Jordan et al. 2024). Scaled as in Liu et al.,
+    arXiv 2502.16982, its steps are as large as AdamW's, so that both take the same learning rate and weight decay.
+
+    Args:
+        matrix_groups: parameter groups for `torch.optim.Muon`, of parameters with two dimensions.
+        other_groups: parameter groups for `torch.optim.AdamW`.
+        lr: of both.
+        betas: of AdamW.
+    """
+
+    def __init__(self, matrix_groups: list[dict], other_groups: list[dict], lr: float, betas: tuple[float, float]):
+        muon = torch.optim.Muon(matrix_groups, lr=lr, adjust_lr_fn="match_rms_adamw")
+        self.parts = (muon, torch.optim.AdamW(other_groups, lr=lr, betas=betas))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self):
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
 class ParameterGroupTrainer(Trainer):
-    """A Trainer that keeps weight decay away from the parameters that it would harm (A_log, D, dt_bias, norms)."""
+    """A Trainer that keeps weight decay away from the parameters that it would harm (A_log, D, dt_bias, norms).
+
+    Args:
+        optimizer: "adamw", or "muon" for the matrices of linear layers but the head's, and AdamW for the rest.
+    """
+
+    def __init__(self, *args, optimizer: str = "adamw", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.optimizer_name = optimizer
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             model = self.model if model is None else model
+            settings = {"lr": self.args.learning_rate, "betas": (self.args.adam_beta1, self.args.adam_beta2)}
             groups = sys.modules[type(model).__module__].get_parameter_groups(model, self.args.weight_decay)
-            self.optimizer = torch.optim.AdamW(
-                groups, lr=self.args.learning_rate, betas=(self.args.adam_beta1, self.args.adam_beta2)
-            )
+            if self.optimizer_name == "muon":
+                self.optimizer = MuonWithAdamW(*split_matrices(model, groups), **settings)
+            else:
+                self.optimizer = torch.optim.AdamW(groups, **settings)
         return self.optimizer
+
+
+def split_matrices(model: PreTrainedModel, groups: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Part parameter groups into those of the linear layers' matrices, without the head's, and those of the rest."""
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    matrices = {module.weight for module in linear if module is not model.get_output_embeddings()}
+    chosen = [group | {"params": [p for p in group["params"] if p in matrices]} for group in groups]
+    others = [group | {"params": [p for p in group["params"] if p not in matrices]} for group in groups]
+    return [group for group in chosen if group["params"]], others
 
 
 def build_config(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -335,6 +390,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="windows per forward pass (default 8)")
     parser.add_argument("--gradient-accumulation", type=int, default=1, help="forward passes per step (default 1)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default 2e-3)")
+    parser.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon: torch.optim.Muon for the matrices of linear layers, AdamW for the rest",
+    )
     parser.add_argument("--weight-decay", type=float, default=0.1, help="default 0.1")
     parser.add_argument("--warmup", type=int, default=100, help="steps (default 100)")
     parser.add_argument("--steps", type=int, default=20000, help="at most so many (default 20000)")
@@ -437,7 +498,9 @@ def main():
     schedule = Schedule(options.steps, options.warmup, options.max_minutes)
     run = RunCallback(schedule, per_step * options.seq_len, output / "log.jsonl")
     arguments = training_arguments(options)
-    trainer = ParameterGroupTrainer(model, arguments, train_dataset=windows, eval_dataset=eval_windows)
+    trainer = ParameterGroupTrainer(
+        model, arguments, train_dataset=windows, eval_dataset=eval_windows, optimizer=options.optimizer
+    )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(run)
     trainer.add_callback(Progress())
