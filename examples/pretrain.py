@@ -64,7 +64,14 @@ SHIPPED_SIZES = {
     "expand": 1,
     "tie_word_embeddings": True,
 }
-DATA_ORDER = ("tokens", "seq_len", "batch_size", "gradient_accumulation", "seed")  # what a resumed run must not change
+FIXED = (
+    "tokens",
+    "seq_len",
+    "batch_size",
+    "gradient_accumulation",
+    "seed",
+    "optimizer",
+)  # what a resumed run must not change
 
 
 def tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -369,9 +376,13 @@ def check_resume(options: argparse.Namespace, tokens: Path) -> str | None:
     now = vars(options) | {"tokens": tokens.name}
     if checkpoint and record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
-        changed = [f"{name} {before[name]} -> {now[name]}" for name in DATA_ORDER if before[name] != now[name]]
+        before.setdefault("optimizer", "adamw")  # runs from before there was a choice
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in FIXED if before[name] != now[name]]
         if changed:
-            raise SystemExit(f"A resumed run must see its data in the same order, but changed: {'; '.join(changed)}.")
+            raise SystemExit(
+                f"A resumed run must see its data in the same order and keep its optimizer, but changed: "
+                f"{'; '.join(changed)}."
+            )
     if options.resume and not checkpoint:
         print(f"{output} holds no checkpoint: starting from the beginning.", file=sys.stderr)
     record.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
