@@ -26,7 +26,7 @@ from .kernels_bmojo import (
     running_selection,
     update_memory,
 )
-from .linear_bmojo import BMojoLinear
+from .linear_bmojo import project
 from .norms_bmojo import BMojoRMSNorm
 from .numerics_bmojo import at_least_float32, no_autocast, widen
 from .ops_bmojo import hash_scores, predict
@@ -40,12 +40,12 @@ class BMojoAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = BMojoLinear(
+        self.q_proj = nn.Linear(
             config.hidden_size, config.num_attention_heads * config.head_dim, bias=config.attention_bias
         )
-        self.k_proj = BMojoLinear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = BMojoLinear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = BMojoLinear(
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias
         )
         self.q_norm = BMojoRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
@@ -84,7 +84,7 @@ class BMojoAttention(nn.Module):
 
     def project(self, u, call: Call, state):
         """Queries and keys, rotated, and values, each (rows, seq_len, heads, head_dim); and what of the state this keeps."""
-        query, key, value, kept = self.q_proj(u), self.k_proj(u), self.v_proj(u), {}
+        query, key, value, kept = project(self.q_proj, u), project(self.k_proj, u), project(self.v_proj, u), {}
         if self.conv1d is not None:
             sizes, joint = [query.shape[-1], key.shape[-1], value.shape[-1]], torch.cat([query, key, value], -1)
             if state is None:
@@ -123,7 +123,7 @@ class BMojoAttention(nn.Module):
                 part = query[:, :, start : start + 1024]
                 parts.append(F.scaled_dot_product_attention(part, key, value, attn_mask=visible, scale=self.scale))
             mixed = torch.cat(parts, 2)
-        return self.o_proj(mixed.transpose(1, 2).flatten(-2)), state, {}
+        return project(self.o_proj, mixed.transpose(1, 2).flatten(-2)), state, {}
 
     def _append(self, buffer, new, call: Call):
         """Write the call's tokens at their positions, in a buffer that grows by the call's columns unless it is fixed."""
@@ -211,7 +211,7 @@ class BMojoWindowAttention(BMojoAttention):
         if call.step is not None:
             state = self.put(state, call, key, value) | kept
             mixed = self.attend_to_cache(state, call, query * self.scale)
-            return self.o_proj(mixed.flatten(-2)), state, {}
+            return project(self.o_proj, mixed.flatten(-2)), state, {}
         new = None if state is None else self.into_cache(state, {"window": (key, value)}, call) | kept
         if call.state_only:
             return None, new, {}
@@ -220,7 +220,7 @@ class BMojoWindowAttention(BMojoAttention):
         mixed = memory_attention(  # without a memory, chunks only say how queries may be cut
             query, *window, past=call.past, window=self.window, chunk_size=64, scale=self.scale
         )
-        return self.o_proj(mixed.flatten(-2)), new, {}
+        return project(self.o_proj, mixed.flatten(-2)), new, {}
 
 
 class BMojoMixer(BMojoWindowAttention):
@@ -239,12 +239,12 @@ class BMojoMixer(BMojoWindowAttention):
         self.fading = SSM_CLASSES[config.ssm_type](config)
         if config.fading_span and not config.tie_attn_weights:
             kv_size = config.num_key_value_heads * config.head_dim
-            self.fading_k_proj = BMojoLinear(config.hidden_size, kv_size, bias=config.attention_bias)
-            self.fading_v_proj = BMojoLinear(config.hidden_size, kv_size, bias=config.attention_bias)
+            self.fading_k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+            self.fading_v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.asks_twice = config.fading_query
         if config.fading_query:
             size = config.num_attention_heads * config.head_dim
-            self.fading_q_proj = BMojoLinear(config.hidden_size, size, bias=config.attention_bias)
+            self.fading_q_proj = nn.Linear(config.hidden_size, size, bias=config.attention_bias)
             norm = partial(BMojoRMSNorm, config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity
             self.fading_q_norm, self.fading_k_norm = norm(), norm()
         self.learns = bool(self.memory) and config.innovation_predictor == "learnable"
@@ -270,7 +270,7 @@ class BMojoMixer(BMojoWindowAttention):
         mixed, kept, positions = attend(u, y, memory.get("innovation"), call, state)
         if positions is not None:
             memory["positions"] = positions
-        return None if mixed is None else self.o_proj(mixed.flatten(-2)), new | kept, memory
+        return None if mixed is None else project(self.o_proj, mixed.flatten(-2)), new | kept, memory
 
     # -- innovation ----------------------------------------------------------------------------------------------------
 
@@ -319,15 +319,15 @@ class BMojoMixer(BMojoWindowAttention):
     def attend_single(self, u, y, innovation, call: Call, state):
         """The mix for one token of each row, what of the state attention keeps, and the memory of the token's chunk."""
         step = call.step
-        query = self.query_heads(self.q_proj(u))
+        query = self.query_heads(project(self.q_proj, u))
         if self.fades and self.tied:  # one product for both
             both = torch.cat([u, y], 1)
-            key, value = self.k_proj(both), self.v_proj(both)
+            key, value = project(self.k_proj, both), project(self.v_proj, both)
         else:
-            key, value = self.k_proj(u), self.v_proj(u)
+            key, value = project(self.k_proj, u), project(self.v_proj, u)
             if self.fades:
-                key = torch.cat([key, self.fading_k_proj(y)], 1)
-                value = torch.cat([value, self.fading_v_proj(y)], 1)
+                key = torch.cat([key, project(self.fading_k_proj, y)], 1)
+                value = torch.cat([value, project(self.fading_v_proj, y)], 1)
         if self.asks_twice:
             key = torch.cat([self.key_heads(key[:, :1]), self.key_heads(key[:, 1:], self.fading_k_norm)], 1)
         else:
@@ -336,7 +336,7 @@ class BMojoMixer(BMojoWindowAttention):
         rows, rings, heads = *key.shape[:2], query.shape[2]
         queries = [query, query] if self.memory else [query]
         if self.asks_twice:
-            queries.append(self.query_heads(self.fading_q_proj(u), self.fading_q_norm))
+            queries.append(self.query_heads(project(self.fading_q_proj, u), self.fading_q_norm))
         key = key.view(rows, 1, -1, self.head_dim)
         turned = rotate.definition(torch.cat([*queries, key], 2), step.cos, step.sin)
         query, *queries, key = turned.split_with_sizes([heads] * len(queries) + [key.shape[2]], 2)
@@ -371,7 +371,7 @@ class BMojoMixer(BMojoWindowAttention):
 
         There is None in place of the mix in a call that asks for the state alone.
         """
-        key, value = self.key_heads(self.k_proj(u)), self.heads(self.v_proj(u))
+        key, value = self.key_heads(project(self.k_proj, u)), self.heads(project(self.v_proj, u))
         spans = {"window": (rotate(key, call.cos, call.sin), value)}
         if self.fades:
             spans["fading"] = self.fading_tokens(y, call)
@@ -402,11 +402,11 @@ class BMojoMixer(BMojoWindowAttention):
             base: position of the first chunk that the call has tokens in, (rows, 1), or 0.
             length: positions from there on.
         """
-        query = self.query_heads(self.q_proj(u))
+        query = self.query_heads(project(self.q_proj, u))
         window = self.with_past(spans["window"], "window", call, state, base, self.window - 1, length)
         fading, fading_query, eidetic = (None, None), None, [None] * 4
         if self.asks_twice:
-            fading_query = self.query_heads(self.fading_q_proj(u), self.fading_q_norm)
+            fading_query = self.query_heads(project(self.fading_q_proj, u), self.fading_q_norm)
             fading_query = call.align(rotate(fading_query, call.cos, call.sin))
         if self.fades:
             fading = self.with_past(spans["fading"], "fading", call, state, base, 2 * self.window - 1, length)
@@ -426,8 +426,8 @@ class BMojoMixer(BMojoWindowAttention):
     def fading_tokens(self, y, call: Call):
         """Keys (rotated) and values of the SSM's outputs."""
         tied = self.tied
-        key = (self.k_proj if tied else self.fading_k_proj)(y)
-        value = (self.v_proj if tied else self.fading_v_proj)(y)
+        key = project(self.k_proj if tied else self.fading_k_proj, y)
+        value = project(self.v_proj if tied else self.fading_v_proj, y)
         norm = self.fading_k_norm if self.asks_twice else self.k_norm
         return rotate(self.key_heads(key, norm), call.cos, call.sin), self.heads(value)
 

@@ -1,7 +1,6 @@
-"""The projections: `nn.Linear` to whoever looks at it, with a product of its own for a single token on some processors."""
+"""How the layers apply their projections: modules of the class `nn.Linear` itself, with a product of its own for a single token on some processors."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .cpu_bmojo import SLOW_PRODUCTS, linear_of_row
@@ -11,12 +10,29 @@ from .cpu_bmojo import SLOW_PRODUCTS, linear_of_row
 _ROW, _ENTRIES = 768, 2**17
 
 
-class BMojoLinear(nn.Linear):
-    """A linear layer, which for one token without gradients takes the formulation that reads its weight fastest."""
+def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)`; for one token without gradients, on a processor with slow products, by what reads the weight fastest.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if SLOW_PRODUCTS and not torch.is_grad_enabled():
-            size = self.in_features
-            if x.numel() == size <= _ROW and size * self.out_features > _ENTRIES:
-                return linear_of_row(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+    Projections are no subclass of `nn.Linear`, for some quantizers replace that class alone and leave others as they are
+    without a word (transformers 5.24: bitsandbytes, fine-grained FP8, GGUF). A layer that is not a bare `nn.Linear` any
+    more (quantized, LoRA, with hooks) is called like any module.
+    """
+    if not SLOW_PRODUCTS or torch.is_grad_enabled() or not x.numel() == x.shape[-1] <= _ROW:
+        return layer(x)
+    if _is_bare(layer) and layer.weight.numel() > _ENTRIES:
+        return linear_of_row(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def _is_bare(layer) -> bool:
+    """Whether calling the layer is no more than F.linear: a compiler's trace is given the call in any case."""
+    if type(layer) is not nn.Linear or torch.compiler.is_compiling():
+        return False
+    hooks = nn.modules.module
+    return not (
+        "forward" in layer.__dict__
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_forward_hooks
+    )

@@ -29,7 +29,7 @@ from .configuration_bmojo import AUTO_MAP, BMojoConfig
 from .cpu_bmojo import is_plain
 from .kernels_bmojo import attach, copy_kernels, silu_gate
 from .layout_bmojo import PackedLayout, read_layout, read_mask
-from .linear_bmojo import BMojoLinear
+from .linear_bmojo import project
 from .norms_bmojo import BMojoLayerNorm, BMojoRMSNorm, block_norm
 from .numerics_bmojo import at_least_float32, widen
 from .ops_bmojo import rotary_table
@@ -95,9 +95,9 @@ class BMojoMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = BMojoLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act in ("silu", "swish")
         self.multipliers = config.mlp_multipliers
 
@@ -107,14 +107,14 @@ class BMojoMLP(nn.Module):
         return self._forward(x)
 
     def _forward(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(self.gate_proj, x), project(self.up_proj, x)
         if self.multipliers is not None:
             gate = gate * self.multipliers[0]
         if self.is_silu:
             inner = silu_gate(gate, up) if x.shape[1] > 1 else silu_gate.definition(gate, up)
         else:
             inner = self.act_fn(gate) * up
-        out = self.down_proj(inner)
+        out = project(self.down_proj, inner)
         return out if self.multipliers is None else out * self.multipliers[1]
 
 
@@ -583,7 +583,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
     def __init__(self, config: BMojoConfig):
         super().__init__(config)
         self.model = BMojoModel(config)
-        self.lm_head = BMojoLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head_multiplier = config.lm_head_multiplier
         self.post_init()
 
@@ -638,7 +638,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         chosen = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, chosen])
+        logits = project(self.lm_head, hidden_states[:, chosen])
         if self.lm_head_multiplier != 1:
             logits = logits * self.lm_head_multiplier
 

@@ -24,7 +24,7 @@ from .kernels_bmojo import (
     ssd_scan,
     ssd_step,
 )
-from .linear_bmojo import BMojoLinear
+from .linear_bmojo import project
 from .norms_bmojo import BMojoRMSNorm
 from .numerics_bmojo import as_dtype, widen
 
@@ -109,13 +109,13 @@ class BMojoSSM(nn.Module):
         self.config = config
         self.act_fn = F.silu if config.mamba_hidden_act in ("silu", "swish") else ACT2FN[config.mamba_hidden_act]
         self.taps, self.chunk_size = config.conv_kernel, config.chunk_size
-        self.in_proj = BMojoLinear(config.hidden_size, projected, bias=config.use_bias)
+        self.in_proj = nn.Linear(config.hidden_size, projected, bias=config.use_bias)
         if convolved:
             self.conv1d = BMojoConv1d(
                 convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias, padding=0
             )
         self.dynamics = BMojoDecay(config) if kind in DELTA_TYPES else BMojoDynamics(config, kind)
-        self.out_proj = BMojoLinear(inner, config.hidden_size, bias=config.projectors_bias)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.projectors_bias)
 
     def convolve(self, x, call: Call, state):
         """act_fn(conv(x)) and the last inputs of every row, (rows, conv_kernel - 1, channels)."""
@@ -171,7 +171,7 @@ class BMojoMamba2(BMojoSSM):
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
-        projected, mlp = self.in_proj(u), None
+        projected, mlp = project(self.in_proj, u), None
         if self.branch:
             gate, value, projected = projected.split_with_sizes([self.branch, self.branch, sum(self.sizes)], -1)
             mlp = silu_gate(gate, value)
@@ -197,7 +197,7 @@ class BMojoMamba2(BMojoSSM):
             y, ssm = ssd_step(x, dt.squeeze(1), A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
         y = as_dtype(torch.addcmul(y, D.view(self.D_shape), as_dtype(x, y.dtype)).reshape(z.shape), u.dtype)
         y = self.gated(z, y, silu_gate if call.step is None else silu_gate.definition)
-        return self.out_proj(y if mlp is None else torch.cat([mlp, y], -1)), {"conv": conv, "ssm": ssm}, {}
+        return project(self.out_proj, y if mlp is None else torch.cat([mlp, y], -1)), {"conv": conv, "ssm": ssm}, {}
 
     def norm_and_turn(self, xbc, call: Call):
         """x, B and C with B and C normalised per head and rotated, as far as the configuration wants it."""
@@ -217,7 +217,7 @@ class BMojoMamba2(BMojoSSM):
         return y if self.norm is None else self.norm(y)
 
 
-class BMojoTimeStepProjection(BMojoLinear):
+class BMojoTimeStepProjection(nn.Linear):
     """Mamba's projection from the low-rank time step, a Linear that is initialised in its own way."""
 
 
@@ -228,7 +228,7 @@ class BMojoMamba(BMojoSSM):
         (inner,) = convolved_widths(config, "mamba")
         super().__init__(config, 2 * inner, inner, inner, "mamba")
         self.sizes = [config.time_step_rank, config.state_size, config.state_size]
-        self.x_proj = BMojoLinear(inner, config.time_step_rank + 2 * config.state_size, bias=False)
+        self.x_proj = nn.Linear(inner, config.time_step_rank + 2 * config.state_size, bias=False)
         self.dt_proj = BMojoTimeStepProjection(config.time_step_rank, inner, bias=False)
         self.normed = config.mixer_norm is not None
         if self.normed:
@@ -236,12 +236,12 @@ class BMojoMamba(BMojoSSM):
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
-        x, z = self.in_proj(u).chunk(2, -1)
+        x, z = project(self.in_proj, u).chunk(2, -1)
         x, conv = self.convolve(x, call, state)
-        dt, B, C = self.x_proj(x).split_with_sizes(self.sizes, -1)
+        dt, B, C = project(self.x_proj, x).split_with_sizes(self.sizes, -1)
         if self.normed:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        dt, A, D = self.time_step(self.dt_proj(dt), call)
+        dt, A, D = self.time_step(project(self.dt_proj, dt), call)
         if call.step is None:
             y, ssm = selective_scan(x, dt, A, B, C, None if state is None else state["ssm"], self.chunk_size)
         else:
@@ -250,7 +250,11 @@ class BMojoMamba(BMojoSSM):
             y, ssm = selective_step(*now, A, B, C, state["ssm"], call.may_overwrite(state["ssm"]))
             y = y[:, None]
         y = as_dtype(torch.addcmul(y, D, as_dtype(x, y.dtype)), u.dtype)
-        return self.out_proj(silu_gate(z, y) if call.step is None else F.silu(z) * y), {"conv": conv, "ssm": ssm}, {}
+        return (
+            project(self.out_proj, silu_gate(z, y) if call.step is None else F.silu(z) * y),
+            {"conv": conv, "ssm": ssm},
+            {},
+        )
 
 
 class BMojoDelta(BMojoSSM):
@@ -278,7 +282,7 @@ class BMojoDelta(BMojoSSM):
 
     def project(self, u, call: Call, state):
         """Queries, keys and values (rows, seq_len, heads, head_dim), what the convolution keeps, and the other projections."""
-        qkv, *others = self.in_proj(u).split_with_sizes(self.parts, -1)
+        qkv, *others = project(self.in_proj, u).split_with_sizes(self.parts, -1)
         kept = {}
         if not self.convolved:
             qkv = self.act_fn(qkv)
@@ -298,7 +302,7 @@ class BMojoDelta(BMojoSSM):
     def finish(self, y, gate, u):
         """From what was read of the state, (rows, seq_len, heads, head_dim), to the output, as u."""
         y = self.norm(y.to(u.dtype)).flatten(-2)
-        return self.out_proj(silu_gate(gate, y) if self.gated else y)
+        return project(self.out_proj, silu_gate(gate, y) if self.gated else y)
 
 
 class BMojoDeltaNet(BMojoDelta):
@@ -334,20 +338,20 @@ class BMojoKalmaNet(BMojoDelta):
         self.scale = config.head_dim**-0.5 if config.gla_rescale else 1.0
         self.b_proj = self.alpha_proj = None
         if config.use_beta_gate:
-            self.b_proj = BMojoLinear(config.hidden_size, self.heads)
+            self.b_proj = nn.Linear(config.hidden_size, self.heads)
         if config.use_alpha_connection:
-            self.alpha_proj = BMojoLinear(config.hidden_size, self.heads)
+            self.alpha_proj = nn.Linear(config.hidden_size, self.heads)
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv", "ssm" and "kk_ssm" of the new state, and nothing to show."""
         q, k, v, kept, (gate, dt) = self.project(u, call, state)
         q, k = (x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6) for x in (q, k))
         if self.b_proj is not None:
-            beta = widen(self.b_proj(u)).sigmoid()[..., None] + 1e-6
+            beta = widen(project(self.b_proj, u)).sigmoid()[..., None] + 1e-6
             k, v = k * beta, v * beta
         decay = self.hide(self.dynamics(dt), call) if self.forgets[0] else torch.zeros_like(q[..., 0])
         decay_kk = decay if self.forgets[1] else torch.zeros_like(decay)
-        alpha = torch.ones_like(decay) if self.alpha_proj is None else widen(self.alpha_proj(u)).sigmoid()
+        alpha = torch.ones_like(decay) if self.alpha_proj is None else widen(project(self.alpha_proj, u)).sigmoid()
         tokens = [q, self.hide(k, call), v, decay, decay_kk, alpha]
         if call.step is None:
             before = (None, None) if state is None else (state["ssm"], state["kk_ssm"])
@@ -368,13 +372,13 @@ class BMojoHeadExpansion(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.down_proj = BMojoLinear(kv_heads * config.head_dim, config.kv_proj_rank, bias=False)
-        self.up_proj = BMojoLinear(config.kv_proj_rank, self.heads * config.head_dim, bias=False)
+        self.down_proj = nn.Linear(kv_heads * config.head_dim, config.kv_proj_rank, bias=False)
+        self.up_proj = nn.Linear(config.kv_proj_rank, self.heads * config.head_dim, bias=False)
         self.mixture = nn.Parameter(torch.zeros(self.heads, kv_heads)) if config.kv_learnable_residual else None
 
     def forward(self, x):
         """(rows, seq_len, kv_heads, head_dim) to (rows, seq_len, heads, head_dim)."""
-        added = self.up_proj(F.silu(self.down_proj(x.flatten(-2)))).unflatten(-1, (self.heads, -1))
+        added = project(self.up_proj, F.silu(project(self.down_proj, x.flatten(-2)))).unflatten(-1, (self.heads, -1))
         return added + (repeat_heads(x, self.heads) if self.mixture is None else self.mixture @ x)
 
     def initialise(self):

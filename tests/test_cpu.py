@@ -1001,6 +1001,32 @@ def test_generation_on_either_kind_of_processor(models, slow_products, monkeypat
     assert bool(calls) == slow_products
 
 
+@pytest.mark.parametrize("change", ["pre-hook", "hook", "global hook", "forward", "subclass"])
+def test_a_projection_that_is_more_than_a_product_is_called(slow_products, monkeypatch, change):
+    """Hooks, what accelerate puts in place of forward, LoRA and quantized layers see every token."""
+    monkeypatch.setattr(linear_bmojo, "_ENTRIES", 0)
+    layer, x, seen, handles = torch.nn.Linear(48, 7), torch.ones(1, 1, 48), [], []
+    if change == "pre-hook":
+        handles.append(layer.register_forward_pre_hook(lambda *_: seen.append(1)))
+    elif change == "hook":
+        handles.append(layer.register_forward_hook(lambda *_: seen.append(1)))
+    elif change == "global hook":
+        handles.append(torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1)))
+    elif change == "forward":
+        layer.forward = lambda x: seen.append(1) or F.linear(x, layer.weight, layer.bias)
+    else:
+        layer.__class__ = type("Other", (torch.nn.Linear,), {"forward": lambda self, x: seen.append(1)})
+    with torch.no_grad():
+        linear_bmojo.project(layer, x)
+        assert seen == [1]
+        for handle in handles:
+            handle.remove()
+        calls = []
+        monkeypatch.setattr(linear_bmojo, "linear_of_row", lambda *args: calls.append(args))
+        linear_bmojo.project(torch.nn.Linear(48, 7), x)
+    assert bool(calls) == slow_products
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 48), (1, 48), (48,)], ids=str)
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1, 1e15])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
