@@ -1,7 +1,7 @@
 """What all layers of a forward call share: positions, lengths, rotary tables, rings; and how tokens are laid out in time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -62,9 +62,10 @@ class Step:
         return steps
 
 
-@dataclass
 class Call:
     """What the layers need to know about one forward call on rows whose real tokens stand at the front.
+
+    No dataclass: of those in a layer's arguments FSDP's mixed precision would round the tensors, the rotary table among them.
 
     Attributes:
         past: tokens that came before, (rows,) int64; None where no cache is given, that is: none.
@@ -84,21 +85,37 @@ class Call:
         rings: by size of a ring what `write_ring` needs to know, once it has been worked out.
     """
 
-    past: torch.Tensor | None
-    lengths: torch.Tensor | None
-    positions: torch.Tensor
-    table: Callable
-    cos: torch.Tensor
-    sin: torch.Tensor
-    scaling: float
-    in_place: bool
-    any_mode: bool
-    fixed_columns: bool
-    phase: torch.Tensor | None
-    lead: int
-    step: Step | None
-    state_only: bool = False
-    rings: dict = field(default_factory=dict, init=False)  # not copied by `replace`, nor by `to`
+    def __init__(
+        self,
+        past: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        positions: torch.Tensor,
+        table: Callable,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        scaling: float,
+        in_place: bool,
+        any_mode: bool,
+        fixed_columns: bool,
+        phase: torch.Tensor | None,
+        lead: int,
+        step: Step | None,
+        state_only: bool = False,
+    ):
+        self.past, self.lengths, self.positions = past, lengths, positions
+        self.table, self.cos, self.sin, self.scaling = table, cos, sin, scaling
+        self.in_place, self.any_mode, self.fixed_columns = in_place, any_mode, fixed_columns
+        self.phase, self.lead = phase, lead
+        self.step, self.state_only = step, state_only
+        self.rings = {}
+
+    def fields(self) -> dict:
+        """What it was made of; not the rings, which another call finds for itself."""
+        return {name: value for name, value in vars(self).items() if name != "rings"}
+
+    def but(self, **changes) -> "Call":
+        """The call with other fields."""
+        return Call(**self.fields() | changes)
 
     @property
     def seq_len(self) -> int:
@@ -125,7 +142,7 @@ class Call:
                 return Step(**move(vars(value)))
             return value.to(device, **kwargs) if isinstance(value, torch.Tensor) else value
 
-        return Call(**{name: move(value) for name, value in vars(self).items() if name != "rings"})
+        return Call(**{name: move(value) for name, value in self.fields().items()})
 
     def end(self) -> torch.Tensor:
         """Position behind the last real token, (rows or 1, 1)."""
@@ -156,9 +173,8 @@ class Call:
         return state.scatter_(dim, index, new) if self.may_overwrite(state) else state.scatter(dim, index, new)
 
 
-@dataclass
 class PackedCall:
-    """A call on packed documents: a `Call` for every group of documents of similar length.
+    """A call on packed documents: a `Call` for every group of documents of similar length. No dataclass, as `Call` is none.
 
     Attributes:
         groups: the documents as `Rows`, their `Call`, and which of the flattened rows' places are real tokens.
@@ -166,9 +182,8 @@ class PackedCall:
         order: for the rows of all groups, one after the other, how to put them in the order of the documents.
     """
 
-    groups: list[tuple[Rows, Call, torch.Tensor]]
-    where: torch.Tensor
-    order: torch.Tensor
+    def __init__(self, groups: list[tuple[Rows, Call, torch.Tensor]], where: torch.Tensor, order: torch.Tensor):
+        self.groups, self.where, self.order = groups, where, order
 
     @classmethod
     def of(cls, layout: PackedLayout, make_call: Callable[[Rows], Call]) -> "PackedCall":

@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -478,8 +479,10 @@ class BMojoModel(BMojoPreTrainedModel):
                 if recording:
                     replays.append(partial(_replay, layer, hidden_states.detach(), call, state))
             if state_only and layer is self.layers[-1]:
-                call = replace(call, state_only=True)
-            hidden_states, state, memory = layer(hidden_states, call, state)
+                call = call.but(state_only=True)
+            # read-only, and no dict, whose tensors FSDP's mixed precision would round on their way into a layer
+            held = None if state is None else MappingProxyType(state)
+            hidden_states, state, memory = layer(hidden_states, call, held)
             states.append(state)
             memories.append(memory)
         return hidden_states, kept, memories, states, replays or None
@@ -524,7 +527,7 @@ def _skips_autograd(call: Call, hidden_states) -> bool:
 @torch.no_grad()
 def _replay(layer, hidden_states, call: Call, state, lengths):
     """The state of a layer after only the first `lengths` tokens of a call."""
-    shorter = replace(call, lengths=lengths.to(hidden_states.device), in_place=False)
+    shorter = call.but(lengths=lengths.to(hidden_states.device), in_place=False)
     return layer.mixer(normed(layer.input_layernorm, hidden_states, layer.residual_in_fp32), shorter, state)[1]
 
 

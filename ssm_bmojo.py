@@ -26,7 +26,7 @@ from .kernels_bmojo import (
 )
 from .linear_bmojo import project
 from .norms_bmojo import BMojoRMSNorm
-from .numerics_bmojo import as_dtype, widen
+from .numerics_bmojo import as_dtype, at_least_float32, widen
 
 
 class BMojoDynamics(nn.Module):
@@ -47,7 +47,8 @@ class BMojoDynamics(nn.Module):
 
     def forward(self, dt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """From the raw dt (..., channels) to the time step, A and D, all in float32 or wider."""
-        dt, A_log, D, bias = widen(dt), widen(self.A_log), widen(self.D), widen(self.dt_bias)
+        dt, A_log, bias = widen(dt), widen(self.A_log), widen(self.dt_bias)
+        D = self.D.to(at_least_float32(self.D), copy=True)  # as an FSDP unit this frees its parameters when it returns
         dt = F.softplus(dt + bias)
         if self.limit is not None:
             dt = dt.clamp(*self.limit)
