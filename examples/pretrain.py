@@ -10,6 +10,8 @@ Command that made the shipped model:
     python examples/pretrain.py --data ../shared/data/pg19/train --eval-data ../shared/data/pg19/validation \
         --output runs/pg19 --max-minutes 84 --batch-size 4 --threads 1 --dtype bfloat16 --warmup 200 --save-every 400
 
+`torchrun --nproc-per-node N examples/pretrain.py ...` trains on N devices (DDP), each with windows of its own.
+
 The learning rate rises linearly over ``--warmup`` steps and then falls as a cosine to zero, which it reaches after ``--steps``
 steps or, where that is earlier, after ``--max-minutes`` minutes of training; the run then ends. Minutes count over all
 resumed parts. What appears in the output folder:
@@ -64,14 +66,8 @@ SHIPPED_SIZES = {
     "expand": 1,
     "tie_word_embeddings": True,
 }
-FIXED = (
-    "tokens",
-    "seq_len",
-    "batch_size",
-    "gradient_accumulation",
-    "seed",
-    "optimizer",
-)  # what a resumed run must not change
+# what a resumed run must not change
+FIXED = ("tokens", "seq_len", "batch_size", "gradient_accumulation", "devices", "seed", "optimizer")
 
 
 def tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -141,12 +137,16 @@ class TokenWindows(torch.utils.data.Dataset):
 
 
 class Schedule:
-    """How far the run has come, in steps and in minutes, and the share of the peak learning rate that this means."""
+    """How far the run has come, in steps and in minutes, and the share of the peak learning rate that this means.
+
+    Where several processes train one model, all go by the clock of the first, as of the end of the last step.
+    """
 
     def __init__(self, steps: int, warmup: int, max_minutes: float | None):
         self.steps, self.warmup, self.max_minutes = steps, warmup, max_minutes
         self.seconds_before = 0.0  # spent before this process resumed the run
         self.started = time.monotonic()
+        self.agreed: float | None = None
 
     def start(self, seconds_before: float):
         """Begin to count the time of this process."""
@@ -154,7 +154,19 @@ class Schedule:
 
     def seconds(self) -> float:
         """Seconds of training so far, those of earlier parts of the run included."""
+        return self._own_seconds() if self.agreed is None else self.agreed
+
+    def _own_seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
+
+    def agree(self, interrupted: bool) -> bool:
+        """Take over the first process's clock; returns whether any process was interrupted."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return interrupted
+        told = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, (self._own_seconds(), interrupted))
+        self.agreed = told[0][0]
+        return any(interrupted for _, interrupted in told)
 
     def progress(self, step: int) -> float:
         """Share of the run that is done: of the steps or of the minutes, whichever is further."""
@@ -184,11 +196,15 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.schedule.start(max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0))
+        self.schedule.agree(False)
         self.last = (state.global_step, self.schedule.seconds())
+        if not state.is_world_process_zero:
+            return
         with open(self.log_file, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in state.log_history)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.interrupted = self.schedule.agree(self.interrupted)
         if self.interrupted or self.schedule.progress(state.global_step) >= 1:
             control.should_training_stop = True
             control.should_save = True
@@ -204,14 +220,16 @@ class RunCallback(TrainerCallback):
             tokens = state.global_step * self.tokens_per_step
             entry |= {"tokens": tokens, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 1)}
             self.last = (state.global_step, seconds)
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        if state.is_world_process_zero:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.last = (state.global_step, self.schedule.seconds())  # the next speed is of training alone
 
     def on_save(self, args, state, control, **kwargs):
-        plot_losses(self.log_file, self.log_file.with_name("loss.png"))
+        if state.is_world_process_zero:
+            plot_losses(self.log_file, self.log_file.with_name("loss.png"))
         self.last = (state.global_step, self.schedule.seconds())
 
 
@@ -366,17 +384,17 @@ def build_model(config: PreTrainedConfig, weights: str | None = None) -> PreTrai
     return model
 
 
-def check_resume(options: argparse.Namespace, tokens: Path) -> str | None:
+def check_resume(options: argparse.Namespace, tokens: Path, devices: int) -> str | None:
     """Return the checkpoint to continue from, and keep the options of the run; refuse to mix two runs."""
     output = Path(options.output)
     checkpoint = get_last_checkpoint(output)
     record = output / "arguments.json"
     if checkpoint and not options.resume:
         raise SystemExit(f"{output} holds {Path(checkpoint).name}: add --resume, or choose another --output.")
-    now = vars(options) | {"tokens": tokens.name}
+    now = vars(options) | {"tokens": tokens.name, "devices": devices}
     if checkpoint and record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
-        before.setdefault("optimizer", "adamw")  # runs from before there was a choice
+        before = {"optimizer": "adamw", "devices": 1} | before  # runs from before there was a choice
         changed = [f"{name} {before[name]} -> {now[name]}" for name in FIXED if before[name] != now[name]]
         if changed:
             raise SystemExit(
@@ -463,6 +481,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         eval_steps=options.save_every,
         prediction_loss_only=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every parameter has a gradient in every call
         report_to="none",
         seed=options.seed,
     )
@@ -482,8 +501,12 @@ def main():
     eval_files = find_text_files(options.eval_data) if options.eval_data else None
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=True)
-    tokens = tokenize_files(files, tokenizer, output)
-    checkpoint = check_resume(options, tokens)
+    arguments = training_arguments(options)
+    devices = arguments.world_size * max(1, arguments.n_gpu)
+    with arguments.main_process_first(local=False):
+        tokens = tokenize_files(files, tokenizer, output)
+        eval_tokens = tokenize_files(eval_files, tokenizer, output) if eval_files else None
+        checkpoint = check_resume(options, tokens, devices)
 
     set_seed(options.seed)
     config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
@@ -493,22 +516,18 @@ def main():
         model = build_model(config_class.from_pretrained(options.init), options.init)
     else:
         model = build_model(build_config(options, tokenizer))
-    per_step = options.batch_size * options.gradient_accumulation
+    per_step = options.batch_size * options.gradient_accumulation * devices
     windows = TokenWindows(tokens, options.seq_len, options.steps * per_step, options.seed)
-    eval_windows = None
-    if eval_files:
-        eval_windows = TokenWindows(
-            tokenize_files(eval_files, tokenizer, output), options.seq_len, options.eval_windows, None
+    eval_windows = TokenWindows(eval_tokens, options.seq_len, options.eval_windows, None) if eval_tokens else None
+    if arguments.process_index == 0:
+        print(
+            f"{model.num_parameters():,} parameters; {len(windows.tokens):,} tokens in {len(files)} texts, "
+            f"{per_step * options.seq_len:,} a step, one pass in {windows.per_pass / per_step:,.0f} steps",
+            file=sys.stderr,
         )
-    print(
-        f"{model.num_parameters():,} parameters; {len(windows.tokens):,} tokens in {len(files)} texts, "
-        f"{per_step * options.seq_len:,} a step, one pass in {windows.per_pass / per_step:,.0f} steps",
-        file=sys.stderr,
-    )
 
     schedule = Schedule(options.steps, options.warmup, options.max_minutes)
     run = RunCallback(schedule, per_step * options.seq_len, output / "log.jsonl")
-    arguments = training_arguments(options)
     trainer = ParameterGroupTrainer(
         model, arguments, train_dataset=windows, eval_dataset=eval_windows, optimizer=options.optimizer
     )
@@ -521,6 +540,8 @@ def main():
         signal.signal(name, run.interrupt)
     trainer.train(resume_from_checkpoint=checkpoint)
 
+    if not trainer.is_world_process_zero():
+        return
     model.config.use_cache = True  # the trainer turns it off
     model.save_pretrained(output / "final")
     save_tokenizer(tokenizer, output / "final")

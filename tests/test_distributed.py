@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 
 HERE = Path(__file__).resolve().parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -18,19 +20,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def run(*command: str):
+    """Run to a good end."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What distributed_worker.py measured, by case."""
     file = tmp_path_factory.mktemp("distributed") / "found.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(HERE / "distributed_worker.py"), str(file)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(*LAUNCH, str(HERE / "distributed_worker.py"), str(file))
     return json.loads(file.read_text())
 
 
@@ -53,3 +54,24 @@ def test_half_precision_trains_and_decodes(found, kind, name, length):
     case = found[f"{kind}: {name}, {length} tokens"]
     assert case["weights"] < case["change"] / 2
     assert case["decoding"] < (0.02 if length == 3 else 0.2)
+
+
+def test_pretraining_on_two_devices_is_one_run_with_batches_of_both(tmp_path):
+    """The same windows, one log, one model; the learning rate of both follows one clock."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("It was a dark night, and the sea was high. " * 60, encoding="utf-8")
+    sizes = ["--hidden-size", "64", "--intermediate-size", "24", "--num-hidden-layers", "1", "--sliding-window", "8"]
+    common = ["--data", str(tmp_path / "texts"), "--seq-len", "16", "--steps", "3", "--log-every", "1", *sizes]
+    script = str(HERE.parent / "examples" / "pretrain.py")
+    run(*LAUNCH, script, *common, "--batch-size", "2", "--output", str(tmp_path / "two"))
+    run(sys.executable, script, *common, "--batch-size", "4", "--output", str(tmp_path / "one"))
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = [[json.loads(line).get("loss") for line in log] for log in logs]
+    tokens = [[json.loads(line).get("tokens") for line in log] for log in logs]
+    assert len(logs[0]) == len(logs[1]) == 4  # three steps and the end
+    assert tokens[0] == tokens[1] == [64, 128, 192, None]
+    assert losses[1][:3] == pytest.approx(losses[0][:3], rel=1e-4)
