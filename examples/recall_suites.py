@@ -42,6 +42,16 @@ def sixteen_rows(filler: str) -> dict:
     }
 
 
+def long_rows() -> dict:
+    """Those of `sixteen-noise` that learn it, at the learning rates that were best there, tested at 64 times the length."""
+    rates = {"bmojo-m32": 1e-3, "mamba2": 1e-3, "hybrid": 4e-3}
+    rows = sixteen_rows("noise")
+    return {
+        name: rows[name] | {"lr": rate, "eval_lengths": (2048, 8192), "eval_examples": 128}
+        for name, rate in rates.items()
+    }
+
+
 def mad_rows() -> dict:
     """Four tasks of MAD at two sizes of model, on its 12,800 examples; the larger takes the smaller's learning rate."""
     rows = {}
@@ -92,6 +102,7 @@ SUITES = {
     },
     "sixteen-repeated": sixteen_rows("repeated"),
     "sixteen-noise": sixteen_rows("noise"),
+    "sixteen-noise-long": long_rows(),
     "predictors": {
         **{f"average-{kernel}": bmojo(ABLATION, innovation_kernel=kernel) for kernel in (2, 4, 8, 16)},
         "exponential-8": bmojo(ABLATION, innovation_predictor="exponential"),
