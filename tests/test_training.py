@@ -805,3 +805,29 @@ def test_linear_layers_are_called_and_never_read(tiny_model, ids, overrides):
     assert torch.equal(loss, want_loss)
     assert_same_bits(grads, {name: want_grads[name] for name in grads})
     assert {name.rpartition(".")[0] for name in want_grads.keys() - grads.keys()} == set(linears)
+
+
+def partition(model):
+    """Leave parameters empty but while the module that owns them runs, as DeepSpeed's ZeRO-3 does."""
+    full = {parameter: parameter.data for parameter in model.parameters()}
+
+    def gather(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = full[parameter]
+
+    def release(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+        release(module)
+
+
+@pytest.mark.parametrize("overrides", VARIANTS)
+def test_parameters_are_read_by_the_modules_that_own_them(tiny_model, ids, overrides):
+    plain, model = tiny_model(**overrides), tiny_model(**overrides)
+    partition(model)
+    assert not any(parameter.numel() for parameter in model.parameters())
+    assert_answers_as(model, plain, ids)
