@@ -502,11 +502,17 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=True)
     arguments = training_arguments(options)
-    devices = arguments.world_size * max(1, arguments.n_gpu)
+    if (
+        arguments.n_gpu > 1
+    ):  # the trainer would take them all by threads, torch.nn.DataParallel, which is slow and untested
+        raise SystemExit(
+            f"There are {arguments.n_gpu} GPUs: start with `torchrun --nproc-per-node {arguments.n_gpu}` to use them all, "
+            f"or choose one, for example with CUDA_VISIBLE_DEVICES=0."
+        )
     with arguments.main_process_first(local=False):
         tokens = tokenize_files(files, tokenizer, output)
         eval_tokens = tokenize_files(eval_files, tokenizer, output) if eval_files else None
-        checkpoint = check_resume(options, tokens, devices)
+        checkpoint = check_resume(options, tokens, arguments.world_size)
 
     set_seed(options.seed)
     config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
@@ -516,7 +522,7 @@ def main():
         model = build_model(config_class.from_pretrained(options.init), options.init)
     else:
         model = build_model(build_config(options, tokenizer))
-    per_step = options.batch_size * options.gradient_accumulation * devices
+    per_step = options.batch_size * options.gradient_accumulation * arguments.world_size
     windows = TokenWindows(tokens, options.seq_len, options.steps * per_step, options.seed)
     eval_windows = TokenWindows(eval_tokens, options.seq_len, options.eval_windows, None) if eval_tokens else None
     if arguments.process_index == 0:

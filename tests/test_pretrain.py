@@ -120,6 +120,12 @@ def test_muon_with_adamw_is_each_of_them_on_its_part():
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+def test_several_gpus_in_one_process_are_refused(run, monkeypatch):
+    monkeypatch.setattr(pretrain.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(SystemExit, match="torchrun --nproc-per-node 2"):
+        run("any", *sizes(), "--steps", "1")
+
+
 def test_sizes_beside_the_weights_of_a_model_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("any", "--init", str(tmp_path), "--hidden-size", "16")
