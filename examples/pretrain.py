@@ -8,7 +8,8 @@ from one text into the next.
 Command that made the shipped model:
 
     python examples/pretrain.py --data ../shared/data/pg19/train --eval-data ../shared/data/pg19/validation \
-        --output runs/pg19 --max-minutes 84 --batch-size 4 --threads 1 --dtype bfloat16 --warmup 200 --save-every 400
+        --output runs/pg19 --max-minutes 100 --seq-len 1024 --batch-size 2 --threads 1 --dtype bfloat16 \
+        --optimizer muon --learning-rate 6e-3 --warmup 100 --steps 30000 --save-every 500
 
 `torchrun --nproc-per-node N examples/pretrain.py ...` trains on N devices (DDP), each with windows of its own.
 
