@@ -503,9 +503,7 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=True)
     arguments = training_arguments(options)
-    if (
-        arguments.n_gpu > 1
-    ):  # the trainer would take them all by threads, torch.nn.DataParallel, which is slow and untested
+    if arguments.n_gpu > 1:  # the trainer would use torch.nn.DataParallel, slow and untested here
         raise SystemExit(
             f"There are {arguments.n_gpu} GPUs: start with `torchrun --nproc-per-node {arguments.n_gpu}` to use them all, "
             f"or choose one, for example with CUDA_VISIBLE_DEVICES=0."
