@@ -51,15 +51,18 @@ def step(model, batches):
     optimizer.step()
 
 
-def shard(model, policy=None):
+def dynamics(model) -> list:
+    """The modules of A_log, D and dt_bias, which are in float32 whatever the other weights are in."""
+    return [module for name, module in model.named_modules() if name.endswith(".dynamics")]
+
+
+def shard(model, policy: MixedPrecisionPolicy):
     """FSDP2 by layers; A_log, D and dt_bias are units of their own, which mixed precision leaves in float32."""
-    options = {} if policy is None else {"mp_policy": policy}
-    for module in model.modules():
-        if type(module).__name__ in ("BMojoDynamics", "BMojoDecay"):
-            fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for module in dynamics(model):
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for layer in model.model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
 
 
 def largest_error(got: dict, want: dict) -> float:
@@ -81,9 +84,8 @@ def compare(kind: str, fields: dict, ids) -> dict[str, float]:
     model, rank = make_model(fields), dist.get_rank()
     if kind == "fsdp, bfloat16 weights":
         model.to(torch.bfloat16)
-        for module in model.modules():
-            if type(module).__name__ in ("BMojoDynamics", "BMojoDecay"):
-                module.float()
+        for module in dynamics(model):
+            module.float()
     plain = copy.deepcopy(model)
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     step(plain, ids)
@@ -93,8 +95,8 @@ def compare(kind: str, fields: dict, ids) -> dict[str, float]:
         step(DistributedDataParallel(model), [ids[rank]])
         weights = model.state_dict()
     else:
-        half = kind == "fsdp, mixed precision"
-        shard(model, MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else None)
+        mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        shard(model, MixedPrecisionPolicy(**mixed if kind == "fsdp, mixed precision" else {}))
         step(model, [ids[rank]])
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     model.eval()

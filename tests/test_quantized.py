@@ -59,16 +59,14 @@ def torchao_weight(module):
 
 
 QUANTIZERS = [
-    pytest.param(
-        bitsandbytes_int8, int8_weight, 0.1, id="bitsandbytes-int8"
-    ),  # rounds activations too: as much as its weights
+    pytest.param(bitsandbytes_int8, int8_weight, 0.1, id="bitsandbytes-int8"),  # rounds activations as well
     pytest.param(bitsandbytes_nf4, nf4_weight, 0.03, id="bitsandbytes-nf4"),  # bfloat16 products where a CPU has them
     pytest.param(torchao_int8, torchao_weight, 1e-4, id="torchao-int8"),
 ]
 
 
 def is_quantized(module) -> bool:
-    return hasattr(module, "weight") and (type(module.weight) is not nn.Parameter)
+    return hasattr(module, "weight") and type(module.weight) is not nn.Parameter
 
 
 @pytest.fixture
