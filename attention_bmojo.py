@@ -82,7 +82,7 @@ class BMojoAttention(nn.Module):
         front, rest = x.split_with_sizes([self.interleaved, self.head_dim - self.interleaved], -1)
         return torch.cat([front[..., ::2], front[..., 1::2], rest], -1)
 
-    def project(self, u, call: Call, state):
+    def make_qkv(self, u, call: Call, state):
         """Queries and keys, rotated, and values, each (rows, seq_len, heads, head_dim); and what of the state this keeps."""
         query, key, value, kept = project(self.q_proj, u), project(self.k_proj, u), project(self.v_proj, u), {}
         if self.conv1d is not None:
@@ -102,7 +102,7 @@ class BMojoAttention(nn.Module):
 
         In a call that asks for the state alone there is None in place of the first.
         """
-        query, key, value, kept = self.project(u, call, state)
+        query, key, value, kept = self.make_qkv(u, call, state)
         if state is not None:
             key, value = self._append(state["full_key"], key, call), self._append(state["full_value"], value, call)
             state = {"full_key": key, "full_value": value, **kept}
@@ -207,7 +207,7 @@ class BMojoWindowAttention(BMojoAttention):
 
     def forward(self, u, call: Call, state=None):
         """From (rows, seq_len, hidden_size) to the same, the new state (None without cache) and nothing to show."""
-        query, key, value, kept = self.project(u, call, state)
+        query, key, value, kept = self.make_qkv(u, call, state)
         if call.step is not None:
             state = self.put(state, call, key, value) | kept
             mixed = self.attend_to_cache(state, call, query * self.scale)

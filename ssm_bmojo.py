@@ -281,7 +281,7 @@ class BMojoDelta(BMojoSSM):
         else:
             self.expand_k = self.expand_v = partial(repeat_heads, heads=heads)
 
-    def project(self, u, call: Call, state):
+    def make_qkv(self, u, call: Call, state):
         """Queries, keys and values (rows, seq_len, heads, head_dim), what the convolution keeps, and the other projections."""
         qkv, *others = project(self.in_proj, u).split_with_sizes(self.parts, -1)
         kept = {}
@@ -315,7 +315,7 @@ class BMojoDeltaNet(BMojoDelta):
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv" and "ssm" of the new state, and nothing to show."""
-        q, k, v, kept, (gate, dt, beta) = self.project(u, call, state)
+        q, k, v, kept, (gate, dt, beta) = self.make_qkv(u, call, state)
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
         tokens = [q * self.head_dim**-0.5, k, v]
         tokens += [self.hide(x, call) for x in (self.dynamics(dt), self.strongest * widen(beta).sigmoid())]
@@ -345,7 +345,7 @@ class BMojoKalmaNet(BMojoDelta):
 
     def forward(self, u, call: Call, state=None):
         """Returns y as u, the tensors "conv", "ssm" and "kk_ssm" of the new state, and nothing to show."""
-        q, k, v, kept, (gate, dt) = self.project(u, call, state)
+        q, k, v, kept, (gate, dt) = self.make_qkv(u, call, state)
         q, k = (x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6) for x in (q, k))
         if self.b_proj is not None:
             beta = widen(project(self.b_proj, u)).sigmoid()[..., None] + 1e-6
