@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import ROOT, find_text_files, read_text, save_tokenizer
+from pretrain_windows import RecallWindows, TokenWindows
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -68,7 +69,7 @@ SHIPPED_SIZES = {
     "tie_word_embeddings": True,
 }
 # what a resumed run must not change
-FIXED = ("tokens", "seq_len", "batch_size", "gradient_accumulation", "devices", "seed", "optimizer")
+FIXED = ("tokens", "seq_len", "batch_size", "gradient_accumulation", "devices", "seed", "optimizer", "recall_windows")
 
 
 def tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -99,42 +100,6 @@ def tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, folder
     print(file=sys.stderr)
     unfinished.replace(target)
     return target
-
-
-class TokenWindows(torch.utils.data.Dataset):
-    """Fixed-length windows of a token file.
-
-    Args:
-        path: a file of uint16 token ids.
-        seq_len: tokens per window.
-        length: number of windows. More than the file holds starts another pass with other borders.
-        seed: of the order; None for evenly spread windows in the order of the text.
-    """
-
-    def __init__(self, path: Path, seq_len: int, length: int, seed: int | None):
-        self.tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        self.seq_len, self.length, self.seed = seq_len, length, seed
-        self.per_pass = (len(self.tokens) + 1) // seq_len - 1  # leaves room to shift the borders by seq_len - 1
-        if self.per_pass < 1:
-            raise SystemExit(f"{len(self.tokens)} tokens are too few for windows of --seq-len {seq_len}.")
-        self._order = (None, None, None)  # number of the pass, its permutation, its shift
-
-    def __len__(self):
-        return self.length
-
-    def _start(self, index: int) -> int:
-        if self.seed is None:
-            return index * self.per_pass // self.length * self.seq_len
-        number, position = divmod(index, self.per_pass)
-        if self._order[0] != number:
-            rng = np.random.default_rng((self.seed, number))
-            self._order = (number, rng.permutation(self.per_pass), int(rng.integers(self.seq_len)))
-        return int(self._order[1][position]) * self.seq_len + self._order[2]
-
-    def __getitem__(self, index):
-        start = self._start(index)
-        ids = torch.from_numpy(self.tokens[start : start + self.seq_len].astype(np.int64))
-        return {"input_ids": ids, "labels": ids.clone()}
 
 
 class Schedule:
@@ -395,7 +360,7 @@ def check_resume(options: argparse.Namespace, tokens: Path, devices: int) -> str
     now = vars(options) | {"tokens": tokens.name, "devices": devices}
     if checkpoint and record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
-        before = {"optimizer": "adamw", "devices": 1} | before  # runs from before there was a choice
+        before = {"optimizer": "adamw", "devices": 1, "recall_windows": 0} | before  # older runs had no choice
         changed = [f"{name} {before[name]} -> {now[name]}" for name in FIXED if before[name] != now[name]]
         if changed:
             raise SystemExit(
@@ -411,13 +376,19 @@ def check_resume(options: argparse.Namespace, tokens: Path, devices: int) -> str
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of .txt or .txt.gz files")
+    parser.add_argument("--data", required=True, nargs="+", help="folders of .txt or .txt.gz files")
     parser.add_argument("--output", required=True, help="folder for checkpoints, log, and the trained model")
     parser.add_argument("--eval-data", help="folder of texts for the validation loss at every checkpoint")
     parser.add_argument("--eval-windows", type=int, default=64, help="windows of that loss (default 64)")
     parser.add_argument("--tokenizer", default=str(ROOT), help="folder or Hub id (default: this repository)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per window (default 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows per forward pass (default 8)")
+    parser.add_argument(
+        "--recall-windows",
+        type=int,
+        default=0,
+        help="among the first so many windows are some that teach to look back (default 0; see RecallWindows)",
+    )
     parser.add_argument("--gradient-accumulation", type=int, default=1, help="forward passes per step (default 1)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default 2e-3)")
     parser.add_argument(
@@ -451,6 +422,8 @@ def parse_options() -> argparse.Namespace:
     for name in ("seq_len", "batch_size", "gradient_accumulation", "steps", "save_every", "log_every", "eval_windows"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+    if options.recall_windows < 0:
+        parser.error(f"--recall-windows is {options.recall_windows}; it must be 0 or more.")
     sizes_given = [name for name in ("config", *SHIPPED_SIZES) if getattr(options, name) is not None]
     if options.init and sizes_given:
         parser.error(f"--init brings the sizes of its model: leave out --{sizes_given[0].replace('_', '-')}.")
@@ -498,7 +471,7 @@ def main():
     except ImportError:
         print("No loss.png will be drawn: it needs matplotlib (pip install matplotlib).", file=sys.stderr)
 
-    files, output = find_text_files(options.data), Path(options.output)
+    files, output = [path for folder in options.data for path in find_text_files(folder)], Path(options.output)
     eval_files = find_text_files(options.eval_data) if options.eval_data else None
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=True)
@@ -522,7 +495,8 @@ def main():
     else:
         model = build_model(build_config(options, tokenizer))
     per_step = options.batch_size * options.gradient_accumulation * arguments.world_size
-    windows = TokenWindows(tokens, options.seq_len, options.steps * per_step, options.seed)
+    windows = (tokens, options.seq_len, options.steps * per_step, options.seed)
+    windows = RecallWindows(*windows, options.recall_windows) if options.recall_windows else TokenWindows(*windows)
     eval_windows = TokenWindows(eval_tokens, options.seq_len, options.eval_windows, None) if eval_tokens else None
     if arguments.process_index == 0:
         print(
