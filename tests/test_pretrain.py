@@ -1,10 +1,14 @@
 """examples/pretrain.py on a text of a few pages: a run, a run in two parts, and one that goes on from a model's weights."""
 
+import gzip
+import random
+import re
 import shutil
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +18,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import pretrain  # noqa: E402
+import rename_names  # noqa: E402
+from pretrain_windows import RecallWindows, TokenWindows  # noqa: E402
 
 
 SIZES = {
@@ -130,3 +136,130 @@ def test_sizes_beside_the_weights_of_a_model_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("any", "--init", str(tmp_path), "--hidden-size", "16")
     assert "leave out --hidden-size" in capsys.readouterr().err
+
+
+# -- windows that teach to look back -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def windows(tmp_path):
+    """The first 400 of 600 windows teach; and the same windows without."""
+    path = tmp_path / "tokens.uint16"
+    np.arange(20000, dtype=np.uint16).tofile(path)  # every token once: what stands twice was copied
+    return RecallWindows(path, 256, 600, 3, recall=400), TokenWindows(path, 256, 600, 3)
+
+
+def repeats(window) -> torch.Tensor:
+    """How far back each token of a window occurred last, 0 for never."""
+    last, found = {}, []
+    for place, token in enumerate(window["input_ids"].tolist()):
+        found.append(place - last.get(token, place))
+        last[token] = place
+    return torch.tensor(found)
+
+
+def test_windows_teach_to_look_back_near_and_then_far(windows):
+    teaching, plain = windows
+    made = [i for i in range(600) if not torch.equal(teaching[i]["input_ids"], plain[i]["input_ids"])]
+    assert all(len(teaching[i]["input_ids"]) == 256 for i in range(600))
+    assert all(torch.equal(teaching[i]["input_ids"], teaching[i]["labels"]) for i in made)
+    assert 30 < len([i for i in made if i < 100]) < 70  # one half of the first quarter
+    assert 160 < len([i for i in made if 100 <= i < 400]) < 230  # 65 in 100 of the rest
+    assert max(made) < 400
+    found = {i: repeats(teaching[i]) for i in made}
+    usual = {i: far[far > 0].median().item() for i, far in found.items()}
+    assert all(usual[i] <= 6 for i in made[:5])  # short blocks at first, one behind the other
+    assert 16 < max(usual[i] for i in made if 80 <= i < 100) <= 64
+    assert sum((found[i] > 128).float().mean() > 0.02 for i in made if i >= 100) > 50  # far behind
+    assert not any(repeats(plain[i]).any() for i in range(600))
+
+
+def test_half_the_tokens_of_doubled_blocks_are_copies(windows):
+    teaching, plain = windows
+    doubled = [i for i in range(100) if not torch.equal(teaching[i]["input_ids"], plain[i]["input_ids"])]
+    for i in doubled:
+        far = repeats(teaching[i])
+        assert 0.35 < (far > 0).float().mean() < 0.6
+        for place in (far > 0).nonzero().flatten().tolist():
+            assert teaching[i]["input_ids"][place] == teaching[i]["input_ids"][place - far[place]]
+
+
+def test_a_resumed_run_keeps_its_windows(run):
+    run("any", *sizes(), "--steps", "2", "--recall-windows", "2")
+    with pytest.raises(SystemExit, match="recall_windows 2 -> 4"):
+        run("any", *sizes(), "--steps", "4", "--resume", "--recall-windows", "4")
+
+
+# -- names that only the passage tells -----------------------------------------------------------------------------------
+
+
+NAMED = "The ship saw Harding. Then old Harding, who knew Boston, said HARDING was his name, and Boston his town.\n\n"
+
+
+@pytest.fixture
+def books(tmp_path):
+    """Four books; one name each, Boston in two of them, and God in all."""
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for place, name in enumerate(("Harding", "Miller", "Ahab", "Pip")):
+        text = NAMED.replace("Harding", name).replace("HARDING", name.upper())
+        text = (text if place < 1 else text.replace("Boston", "home")) + "So said a man of God, and the God of men. "
+        with gzip.open(folder / f"{name}.txt.gz", "wt", encoding="utf-8", newline="") as file:
+            file.write(text * 40)
+    return folder
+
+
+def rename_books(books, monkeypatch, *options: str) -> Path:
+    output = books.parent / "renamed"
+    monkeypatch.setattr(
+        sys, "argv", ["rename_names.py", "--data", str(books), "--output", str(output), "--passage", "500", *options]
+    )
+    rename_names.main()
+    return output
+
+
+def test_names_stay_in_a_passage_and_change_with_the_next(books, monkeypatch):
+    renamed = (rename_books(books, monkeypatch) / "Harding.txt").read_text(encoding="utf-8")
+    with gzip.open(books / "Harding.txt.gz", "rt", encoding="utf-8") as file:
+        before = file.read()
+    names = re.findall(r"The ship saw (\w+)\.", renamed)
+    towns = re.findall(r"who knew (\w+),", renamed)
+    assert names == re.findall(r"Then old (\w+),", renamed)
+    assert [name.upper() for name in names] == re.findall(r"said (\w+) was", renamed)
+    assert towns == re.findall(r"and (\w+) his town", renamed)
+    assert len(set(names)) > 5  # of 40 occurrences, four or so a passage
+    assert "Harding" not in set(names) or len(set(names)) < 40
+    pattern = r"Harding|HARDING|Boston"
+    rest = re.split(pattern, before)
+    at = 0
+    for part in rest:  # everything else is as it was, God too, whom all books know
+        found = renamed.index(part, at)
+        assert found - at < 30
+        at = found + len(part)
+    assert at == len(renamed)
+
+
+def test_renaming_depends_on_the_seed_alone(books, monkeypatch):
+    first, again, other = (
+        (rename_books(books, monkeypatch, "--seed", seed) / "Miller.txt").read_text(encoding="utf-8") for seed in "001"
+    )
+    assert first == again != other
+
+
+def test_renaming_does_not_overwrite_its_texts(books, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        rename_books(books, monkeypatch, "--output", str(books))
+    assert "would be lost" in capsys.readouterr().err
+    (books.parent / "dull").mkdir()
+    (books.parent / "dull" / "a.txt").write_text("nobody has a name here", encoding="utf-8")
+    with pytest.raises(SystemExit, match="No names were found"):
+        rename_books(books, monkeypatch, "--data", str(books.parent / "dull"))
+
+
+def test_passages_are_the_text():
+    text = "".join(random.Random(0).choice("a \n") for _ in range(2000))
+    for length in (1, 10, 500, 5000):
+        parts = rename_names.split_passages(text, length)
+        assert "".join(parts) == text
+        assert all(len(part) >= length and part.endswith("\n\n") for part in parts[:-1])
+    assert rename_names.split_passages("", 5) == []
