@@ -170,7 +170,7 @@ def test_windows_teach_to_look_back_near_and_then_far(windows):
     usual = {i: far[far > 0].median().item() for i, far in found.items()}
     assert all(usual[i] <= 6 for i in made[:5])  # short blocks at first, one behind the other
     assert 16 < max(usual[i] for i in made if 80 <= i < 100) <= 64
-    assert sum((found[i] > 64).float().mean() > 0.05 for i in made if i >= 100) > 50  # behind all blocks
+    assert sum((found[i] > 64).float().mean() > 0.02 for i in made if i >= 100) > 60  # behind all blocks
     assert not any(repeats(plain[i]).any() for i in range(600))
 
 
