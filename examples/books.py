@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, find_text_files, load_model, read_text
+from common import CHOICES, ROOT, change_memory, find_text_files, load_model, read_text
 from evaluate import token_bits
 from pretrain import tokenize_files
 from recall import Run, build
@@ -61,11 +61,6 @@ MODELS = {  # name to a model of recall.py and fields of its config
     "mamba2": ("mamba2", {}),
     "sliding": ("sliding", {}),
     "attention": ("attention", {}),
-}
-CHOICES = {  # of what a trained model's memory holds: fields of its config
-    "innovation": {},
-    **{choice: {"innovation_predictor": choice} for choice in ("random", "recent", "oldest")},
-    "none": {"eidetic_size": 0},
 }
 LAYERS = 4
 RARE = 1  # occurrences of a pair in the training text, at most
@@ -205,20 +200,16 @@ def training_of(folder: Path) -> dict:
 def compare_choices(books: list[Path], args: argparse.Namespace) -> dict[str, list[dict]]:
     """Measure the model --trained with its memory filled by every choice that has no results yet."""
     model, tokenizer = load_model(args.trained)
-    config = model.config
-    if not getattr(config, "eidetic_size", 0):
+    if not getattr(model.config, "eidetic_size", 0):
         raise SystemExit(f"{args.trained} has no eidetic memory, so there is nothing to choose.")
     output, results = Path(args.output), {}
     common = common_pairs(tokenize_files(find_text_files(Path(args.data) / "train"), tokenizer, output))
 
-    def make(name, fields):
-        changed = type(model)(type(config).from_dict(config.to_dict() | fields))
-        known = changed.state_dict().keys()
-        changed.load_state_dict({key: weight for key, weight in model.state_dict().items() if key in known})
-        return measure(changed.to(model.device).eval(), tokenizer, name, books, common, args)
+    def make(choice):
+        return measure(change_memory(model, choice), tokenizer, choice, books, common, args)
 
-    for name, fields in CHOICES.items():
-        results[name] = [measure_once(output / f"{name}.json", partial(make, name, fields))]
+    for choice in CHOICES:
+        results[choice] = [measure_once(output / f"{choice}.json", partial(make, choice))]
         print(summarise(results), flush=True)
     return results
 

@@ -39,6 +39,22 @@ def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
     return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # it reads the config too
 
 
+CHOICES = {  # of what a trained model's memory holds: fields of its config
+    "innovation": {},
+    **{choice: {"innovation_predictor": choice} for choice in ("random", "recent", "oldest")},
+    "none": {"eidetic_size": 0},
+}
+
+
+def change_memory(model: PreTrainedModel, choice: str) -> PreTrainedModel:
+    """A copy of the model, ready to read, whose memory is filled by another of `CHOICES`; its weights are the same."""
+    config = type(model.config).from_dict(model.config.to_dict() | CHOICES[choice])
+    changed = type(model)(config)
+    known = changed.state_dict().keys()
+    changed.load_state_dict({key: weight for key, weight in model.state_dict().items() if key in known})
+    return changed.to(model.device).eval()
+
+
 def cache_argument(outputs: ModelOutput) -> dict:
     """Return the cache in a model's outputs under the name of the argument that takes it: `cache` since transformers 5.24."""
     (name,) = {"cache", "cache_params", "past_key_values"} & set(outputs)

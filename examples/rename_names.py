@@ -60,11 +60,24 @@ def split_passages(text: str, length: int) -> list[str]:
     return parts
 
 
-def rename(passage: str, names: dict[str, int], rng: random.Random) -> str:
-    """The passage with every name of `names` exchanged, one for one; NAMES in capitals alike."""
+def rename(
+    passage: str, names: dict[str, int], rng: random.Random, invented: float = 0.5, made: set[str] | None = None
+) -> str:
+    """The passage with every name of `names` exchanged, one for one; NAMES in capitals alike.
+
+    Args:
+        passage: text.
+        names: of `find_names`.
+        rng: chooses.
+        invented: share of names that are invented; the others are names of other texts.
+        made: the new names are added to it.
+    """
     found = sorted({name for name in CAPITALISED.findall(passage) if name in names})
     pool, weights = list(names), [count**0.5 for count in names.values()]
-    other = {name: rng.choices(pool, weights)[0] if rng.random() < 0.5 else invent_name(rng) for name in found}
+    known = 1 - invented
+    other = {name: rng.choices(pool, weights)[0] if rng.random() < known else invent_name(rng) for name in found}
+    if made is not None:
+        made |= set(other.values())
 
     def exchange(match: re.Match) -> str:
         word = match.group()

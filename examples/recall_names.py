@@ -1,0 +1,162 @@
+r"""Does a language model recall a name that it cannot know? Books whose names are invented, and the loss each time one comes.
+
+    python examples/recall_names.py --data ../shared/data/pg19/validation                      # the model of this folder
+    python examples/recall_names.py --data ../shared/data/pg19/validation --models . runs/other/final --output runs/names.json --plot names.png
+
+Every name of a book is exchanged for an invented one (rename_names.py), the same one everywhere. A model reads the book from its
+first token, once, through its cache. Of every occurrence of a name all tokens but the first are counted, which say how the
+name goes on, by how far back it occurred last: what has been read before can be recalled, what occurs for the first
+time cannot. A model with an eidetic memory reads again with its memory filled by each of the other choices, and with none: what
+lies farther back than its windows, and is better predicted with the memory than without, was recalled from it.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import sys
+from bisect import bisect_left
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import CHOICES, ROOT, change_memory, find_text_files, load_model, read_text
+from evaluate import token_bits
+from rename_names import WORD, find_names, rename
+
+
+def invented_books(texts: list[str], seed: int = 0) -> list[tuple[str, dict[int, tuple[int, str]]]]:
+    """Texts with names that are invented, and where those stand: first character to the one behind the last, and the name."""
+    names, found = find_names(texts), []
+    for number, text in enumerate(texts):
+        made, words = set(), set(WORD.findall(text))
+        text = rename(text, names, random.Random(f"{seed} {number}"), invented=1.0, made=made)
+        made -= words  # "The" may have been invented
+        upper = {name.upper() for name in made}
+        places = (match for match in WORD.finditer(text) if match.group() in made or match.group() in upper)
+        found.append((text, {match.start(): (match.end(), match.group().capitalize()) for match in places}))
+    return found
+
+
+def name_tokens(offsets: list[tuple[int, int]], names: dict[int, tuple[int, str]]) -> dict[int, int]:
+    """Tokens that go on with a name, and how many tokens before its first one the name occurred last (0: never).
+
+    Args:
+        offsets: of every token the first character and the one behind its last.
+        names: of `invented_books`.
+    """
+    starts, last, found = [start for start, _ in offsets], {}, {}
+    for start, (stop, name) in sorted(names.items()):
+        inside = range(
+            bisect_left(starts, start + 1), bisect_left(starts, stop)
+        )  # the first token may begin with a space
+        if not inside or offsets[inside[-1]][1] > stop:
+            continue
+        first = inside[0] - 1
+        ago = first - last[name] if name in last else 0
+        last[name] = first
+        found |= dict.fromkeys(inside, ago)
+    return found
+
+
+def measure(model, tokenizer, books, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Of each distance the sum of the losses in nats and how many tokens it is of; "all": of all tokens of the books."""
+    totals = defaultdict(lambda: np.zeros(2))
+    for number, (text, names) in enumerate(books, 1):
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = read["input_ids"][: args.length], read["offset_mapping"][: args.length]
+        nats = token_bits(model, [tokenizer.eos_token_id, *ids], args.segment, carry=True).numpy() * math.log(2)
+        totals["all"] += nats.sum(), len(nats)
+        for place, ago in name_tokens(offsets, names).items():
+            totals[str(next((edge for edge in args.edges if ago <= edge), "beyond"))] += nats[place], 1
+        print(f"\r{number} of {len(books)} books", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return {name: [float(value) for value in total] for name, total in totals.items()}
+
+
+def labels(edges: list[int]) -> dict[str, str]:
+    """Key of a distance to what a reader is told."""
+    return {
+        "0": "first time",
+        **{str(high): f"{low + 1} to {high} tokens ago" for low, high in itertools.pairwise(edges)},
+        "beyond": f"more than {edges[-1]}",
+        "all": "all tokens",
+    }
+
+
+def summarise(results: dict[str, dict[str, list[float]]], edges: list[int]) -> str:
+    """A table in Markdown: mean loss, and in the head how many tokens it is of."""
+    shown = {key: label for key, label in labels(edges).items() if key in next(iter(results.values()))}
+    counts = next(iter(results.values()))
+    lines = [
+        "| model, memory | " + " | ".join(f"{label} ({counts[key][1]:,.0f})" for key, label in shown.items()) + " |"
+    ]
+    lines.append("|" + " --- |" * (len(shown) + 1))
+    for name, found in results.items():
+        lines.append(f"| {name} | " + " | ".join(f"{found[key][0] / found[key][1]:.3f}" for key in shown) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict[str, list[float]]], edges: list[int], target: str):
+    """Draw the loss of names by distance."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    shown = {
+        key: label for key, label in labels(edges).items() if key != "all" and key in next(iter(results.values()))
+    }
+    for name, found in results.items():
+        axes.plot([found[key][0] / found[key][1] for key in shown], marker="o", label=name)
+    axes.set_xticks(range(len(shown)), [label.replace(" tokens ago", "\nago") for label in shown.values()])
+    axes.set(
+        xlabel="the name occurred last (tokens)",
+        ylabel="loss on how the name goes on (nats per token)",
+        ylim=(0, None),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(target, dpi=130)
+
+
+def main():
+    """Read, count, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", required=True, help="folder of .txt or .txt.gz files, books that the models do not know"
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=[str(ROOT)], help="folders or Hub ids (default: this repository)"
+    )
+    parser.add_argument("--choices", nargs="+", choices=list(CHOICES), default=list(CHOICES), help="of memory")
+    parser.add_argument("--length", type=int, default=16384, help="tokens of a book that are read (default 16384)")
+    parser.add_argument("--max-books", type=int, default=12)
+    parser.add_argument(
+        "--edges", type=int, nargs="+", default=[128, 256, 1024, 4096], help="distances that part the table"
+    )
+    parser.add_argument("--segment", type=int, default=2048, help="tokens read at once (default 2048)")
+    parser.add_argument("--output", help="a JSON file of the sums")
+    parser.add_argument("--plot", help="an image, where matplotlib is installed")
+    args = parser.parse_args()
+    args.edges = [0, *sorted(args.edges)]
+    texts = [read_text(path) for path in find_text_files(args.data)[: args.max_books]]
+    books, results = invented_books(texts), {}
+    for path in args.models:
+        model, tokenizer = load_model(path)
+        remembers = getattr(model.config, "eidetic_size", 0)
+        title = path if len(args.models) > 1 else ""
+        for choice in args.choices if remembers else ["none"]:
+            with torch.inference_mode():
+                found = measure(change_memory(model, choice) if remembers else model, tokenizer, books, args)
+            results[", ".join(filter(None, (title, choice)))] = found
+            print(summarise(results, args.edges), flush=True)
+    if args.output:
+        Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(results, args.edges, args.plot)
+
+
+if __name__ == "__main__":
+    main()
