@@ -234,6 +234,7 @@ class BMojoMixer(BMojoWindowAttention):
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.memory, self.chunk = config.eidetic_size, config.eidetic_chunk_size
+        self.scores_input = config.innovation_signal == "layer_input"
         self.fades, self.tied = config.fading_span, config.tie_attn_weights
         self.ranked = config.eidetic_position == "rank"
         self.fading = SSM_CLASSES[config.ssm_type](config)
@@ -260,12 +261,13 @@ class BMojoMixer(BMojoWindowAttention):
         y, new, _ = self.fading(u, call, state)
         memory = {}
         if self.memory:
-            memory = self.innovation(y, call, state)
+            signal = u if self.scores_input else y
+            memory = self.innovation(signal, call, state)
             if state is not None and "history" in state:
                 if call.step is None:
-                    new["history"] = write_ring(state["history"], y, call)
+                    new["history"] = write_ring(state["history"], signal, call)
                 else:
-                    new["history"] = call.put(state["history"], 1, call.step.output, y)
+                    new["history"] = call.put(state["history"], 1, call.step.output, signal)
         attend = self.attend if call.step is None else self.attend_single
         mixed, kept, positions = attend(u, y, memory.get("innovation"), call, state)
         if positions is not None:
@@ -274,34 +276,38 @@ class BMojoMixer(BMojoWindowAttention):
 
     # -- innovation ----------------------------------------------------------------------------------------------------
 
-    def innovation(self, y, call: Call, state) -> dict[str, torch.Tensor]:
+    def innovation(self, signal, call: Call, state) -> dict[str, torch.Tensor]:
         """As `full_innovation`, with few operations for the usual single token."""
         if call.step is None or torch.is_grad_enabled() or "history" not in state or self.learns:
-            return self.full_innovation(y, call, state)
-        with no_autocast(y):
-            missed = torch.baddbmm(widen(y), call.step.predictor, widen(state["history"]), alpha=-1)
+            return self.full_innovation(signal, call, state)
+        with no_autocast(signal):
+            missed = torch.baddbmm(widen(signal), call.step.predictor, widen(state["history"]), alpha=-1)
         error = torch.linalg.vecdot(missed, missed).nan_to_num_(-1, torch.inf)
         return {"innovation": error if call.lengths is None else error.masked_fill(~call.real(), -torch.inf)}
 
     @torch.no_grad()
-    def full_innovation(self, y, call: Call, state) -> dict[str, torch.Tensor]:
-        """How badly each output was predicted, (rows, seq_len) in float32 or wider; -inf where there is no token."""
-        choice, dtype = self.config.innovation_predictor, at_least_float32(y)
+    def full_innovation(self, signal, call: Call, state) -> dict[str, torch.Tensor]:
+        """How badly the signal was predicted at each token, (rows, seq_len) in float32 or wider; -inf where there is no token."""
+        choice, dtype = self.config.innovation_predictor, at_least_float32(signal)
         found = {}
         if choice in LEARNED_CHOICES:
             kernel = self.config.innovation_kernel
-            history = y.new_zeros(y.shape[0], kernel, y.shape[2]) if state is None else state["history"]
+            history = signal.new_zeros(signal.shape[0], kernel, signal.shape[2]) if state is None else state["history"]
             if call.past is not None:  # a ring
-                history = take_rows(history, (call.past_column + torch.arange(kernel, device=y.device)) % kernel)
+                history = take_rows(history, (call.past_column + torch.arange(kernel, device=signal.device)) % kernel)
             if choice == "learnable":
                 with torch.enable_grad() if self.training else torch.no_grad():
-                    error = (y.detach().to(dtype) - self.predictor(y.detach(), history, call.positions)).pow(2).sum(-1)
+                    error = (
+                        (signal.detach().to(dtype) - self.predictor(signal.detach(), history, call.positions))
+                        .pow(2)
+                        .sum(-1)
+                    )
                     real = torch.ones_like(error, dtype=torch.bool) if call.real() is None else call.real()
                     found["loss"] = error.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
                 error = error.detach()
             else:
-                weights = predictor_weights(self.config, dtype, y.device)
-                error = prediction_error(y, history, call.positions, weights)
+                weights = predictor_weights(self.config, dtype, signal.device)
+                error = prediction_error(signal, history, call.positions, weights)
             error = error.nan_to_num(nan=-1, posinf=torch.inf)  # NaN: below every error, above "no token"
         else:
             scores = {
@@ -309,7 +315,7 @@ class BMojoMixer(BMojoWindowAttention):
                 "recent": torch.clone,
                 "oldest": torch.zeros_like,
             }
-            error = scores[choice](call.positions).to(dtype).expand(y.shape[:2])
+            error = scores[choice](call.positions).to(dtype).expand(signal.shape[:2])
         real = call.real()
         found["innovation"] = error if real is None else error.masked_fill(~real, -torch.inf)
         return found

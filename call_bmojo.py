@@ -21,11 +21,11 @@ class Step:
     Attributes:
         index: by layer type the slots that the token is written to, one of every ring, (rows, kv heads, rings, head_dim) int64.
         slot: of those the window's in `bmojo` layers, (rows, 1); None without such layers.
-        output: the slot of `history` that the SSM's output is written to, (rows, 1, hidden_size) int64.
+        output: the slot of `history` that the token's signal is written to, (rows, 1, hidden_size) int64.
         mask: by layer type what is added to the scores of all slots, (rows or rows * kv heads, 1, slots): 0 or -inf.
         cos, sin: for queries, queries of the eidetic memory, of fading keys (as far as there are) and keys, side by side as
             heads, (rows, 1, heads, head_dim); times the scale of the scores for queries.
-        predictor: weights of the outputs in `history` for the prediction of this one, (rows, 1, innovation_kernel).
+        predictor: weights of the signals in `history` for the prediction of this one, (rows, 1, innovation_kernel).
         boundary: rows that begin a chunk, (rows, 1) bool; None where none does.
         near: how many slots, the first ones of the window, hold all that is seen, while nothing has left it; None: all may.
             `mask` then is for these.

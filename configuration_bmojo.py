@@ -31,7 +31,8 @@ LAYER_TYPES = ("bmojo", *SSM_TYPES, "sliding_attention", "full_attention", "hybr
 POSITION_EMBEDDING_TYPES = ("rope", "nope")
 MIXER_NORMS = (None, "learned", "weightless")
 EIDETIC_POSITIONS = ("constant", "rank")
-LEARNED_CHOICES = ("average", "exponential", "learnable")  # predictors that look at the SSM's output
+LEARNED_CHOICES = ("average", "exponential", "learnable")  # predictors that look at the signal
+INNOVATION_SIGNALS = ("ssm_output", "layer_input")
 CONTROL_CHOICES = ("random", "recent", "oldest")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the ones whose frequencies do not depend on the length
 
@@ -115,12 +116,13 @@ class BMojoConfig(PreTrainedConfig):
         eidetic_chunk_size (`int`): c, the memory changes every c tokens.
         eidetic_position (`str`): at what distance a query sees the memory: `"constant"`, all at 2w, or `"rank"`, the r-th
             newest at 2w + r.
-        innovation_predictor (`str`): what predicts the SSM's next output, hence what counts as surprising: `"average"`,
+        innovation_signal (`str`): what is predicted: `"ssm_output"`, as in the paper, or `"layer_input"`, what the layer reads.
+        innovation_predictor (`str`): what predicts the next value of the signal, hence what counts as surprising: `"average"`,
             `"exponential"`, `"learnable"`; or the controls `"random"`, `"recent"`, `"oldest"` that do not look at it.
-        innovation_kernel (`int`): how many previous outputs the predictor sees.
+        innovation_kernel (`int`): how many previous values the predictor sees.
         innovation_loss_coef (`float`): weight of the learnable predictor's own error in the loss of `BMojoForCausalLM`. A
             trainer that computes the loss itself (TRL's fused head, label smoothing) leaves the predictor as it is.
-        fading_span (`bool`): whether attention sees the fading tokens. Needed by the predictors that look at the SSM.
+        fading_span (`bool`): whether attention sees the fading tokens. Needed by predictors of the SSM's output.
         tie_attn_weights (`bool`): fading keys and values share the projections of the window's.
         fading_query (`bool`): with untied weights, fading keys are read by queries of their own (a projection of the same
             input, and norms of queries and keys, of their own).
@@ -221,6 +223,7 @@ class BMojoConfig(PreTrainedConfig):
     eidetic_size: int = 128
     eidetic_chunk_size: int = 64
     eidetic_position: str = "constant"
+    innovation_signal: str = "ssm_output"
     innovation_predictor: str = "average"
     innovation_kernel: int = 8
     innovation_loss_coef: float = 0.01
@@ -357,6 +360,7 @@ class BMojoConfig(PreTrainedConfig):
             ("mixer_norm", self.mixer_norm, MIXER_NORMS),
             ("eidetic_position", self.eidetic_position, EIDETIC_POSITIONS),
             ("innovation_predictor", self.innovation_predictor, LEARNED_CHOICES + CONTROL_CHOICES),
+            ("innovation_signal", self.innovation_signal, INNOVATION_SIGNALS),
             ("rope_parameters['rope_type']", self.rope_parameters.get("rope_type", "default"), ROPE_TYPES),
         ]
         for name, value, allowed in choices:
@@ -459,11 +463,13 @@ class BMojoConfig(PreTrainedConfig):
             raise ValueError("kv_learnable_residual=True needs a kv_proj_rank; it is None.")
         if "bmojo" not in self.layers_block_type:
             return
-        if self.eidetic_size and not self.fading_span and self.innovation_predictor in LEARNED_CHOICES:
+        looks = self.innovation_predictor in LEARNED_CHOICES and self.innovation_signal == "ssm_output"
+        if self.eidetic_size and not self.fading_span and looks:
             raise ValueError(
                 f"innovation_predictor {self.innovation_predictor!r} with fading_span=False: the choice of tokens passes "
-                "no gradient, so the SSM would stay untrained and its innovations random. Set fading_span=True, or one "
-                f"of the controls {', '.join(map(repr, CONTROL_CHOICES))}, or eidetic_size=0."
+                "no gradient, so the SSM would stay untrained and its innovations random. Set fading_span=True, "
+                f"innovation_signal='layer_input', one of the controls {', '.join(map(repr, CONTROL_CHOICES))}, or "
+                "eidetic_size=0."
             )
         if not self.eidetic_size and not self.fading_span:
             raise ValueError(

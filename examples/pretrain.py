@@ -303,21 +303,26 @@ def split_matrices(model: PreTrainedModel, groups: list[dict]) -> tuple[list[dic
     return [group for group in chosen if group["params"]], others
 
 
+def read_fields(text: str | None) -> dict:
+    """The fields of --config, which is a JSON object or the name of a file of one."""
+    if not text:
+        return {}
+    if not text.lstrip().startswith("{"):
+        if not Path(text).is_file():
+            raise SystemExit(f"--config {text!r} is neither a JSON object nor a file.")
+        text = Path(text).read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"--config is no valid JSON: {error}") from error
+
+
 def build_config(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """Make the config from the shipped sizes, then --config, then the single options; later ones win."""
     config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
-    values = dict(SHIPPED_SIZES)
-    if options.config:
-        source = Path(options.config)
-        text = options.config if options.config.lstrip().startswith("{") else None
-        if text is None and not source.is_file():
-            raise SystemExit(f"--config {options.config!r} is neither a JSON object nor a file.")
-        try:
-            given = json.loads(text or source.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise SystemExit(f"--config is no valid JSON: {error}") from error
-        complete = "model_type" in given  # a config.json, not a few fields
-        values = given if complete else values | given
+    given = read_fields(options.config)
+    complete = "model_type" in given  # a config.json, not a few fields
+    values = given if complete else SHIPPED_SIZES | given
     for name in SHIPPED_SIZES:
         if getattr(options, name) is not None:
             values[name] = getattr(options, name)
@@ -344,7 +349,11 @@ def build_model(config: PreTrainedConfig, weights: str | None = None) -> PreTrai
     if weights is None:
         model = model_class(config)
     else:
-        model = model_class.from_pretrained(weights, config=config, dtype=torch.float32)
+        model, info = model_class.from_pretrained(
+            weights, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        if odd := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+            raise SystemExit(f"The weights in {weights} do not fit the fields of --config, above all {odd[0]}.")
     ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(**ids)
     return model
@@ -410,9 +419,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data (default 0)")
     parser.add_argument(
-        "--init", help="folder or Hub id of a B'MOJO model to start from instead of fresh weights, with its sizes"
+        "--init", help="folder or Hub id of a B'MOJO model to start from instead of fresh weights, with its config"
     )
-    parser.add_argument("--config", help="a config.json, or a JSON object of fields that replace the shipped sizes")
+    parser.add_argument(
+        "--config", help="a config.json, or a JSON object of fields that replace the shipped ones, or --init's"
+    )
     sizes = parser.add_argument_group("sizes of the model", "each wins over --config")
     for name, value in SHIPPED_SIZES.items():
         kind = argparse.BooleanOptionalAction if isinstance(value, bool) else None
@@ -424,7 +435,7 @@ def parse_options() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
     if options.recall_windows < 0:
         parser.error(f"--recall-windows is {options.recall_windows}; it must be 0 or more.")
-    sizes_given = [name for name in ("config", *SHIPPED_SIZES) if getattr(options, name) is not None]
+    sizes_given = [name for name in SHIPPED_SIZES if getattr(options, name) is not None]
     if options.init and sizes_given:
         parser.error(f"--init brings the sizes of its model: leave out --{sizes_given[0].replace('_', '-')}.")
     if options.max_minutes is not None and options.max_minutes <= 0:
@@ -491,7 +502,8 @@ def main():
     if checkpoint:
         model = build_model(config_class.from_pretrained(checkpoint))
     elif options.init:
-        model = build_model(config_class.from_pretrained(options.init), options.init)
+        fields = config_class.from_pretrained(options.init).to_dict() | read_fields(options.config)
+        model = build_model(config_class.from_dict(fields), options.init)
     else:
         model = build_model(build_config(options, tokenizer))
     per_step = options.batch_size * options.gradient_accumulation * arguments.world_size

@@ -218,7 +218,8 @@ def bmojo_mixer(config, layer_idx: int, weights: Weights, u: Tensor, random_scor
     """
     w = config.sliding_window
     y = ssm(config, config.ssm_type, under(weights, "fading."), u)
-    innovations, prediction_loss = innovations_of(config, layer_idx, weights, y, random_scores)
+    signal = {"ssm_output": y, "layer_input": u}[config.innovation_signal]
+    innovations, prediction_loss = innovations_of(config, layer_idx, weights, signal, random_scores)
 
     query = queries_of(config, weights, u)
     fading_query = queries_of(config, weights, u, "fading_") if config.fading_query else query

@@ -1,6 +1,7 @@
 """examples/pretrain.py on a text of a few pages: a run, a run in two parts, and one that goes on from a model's weights."""
 
 import gzip
+import json
 import random
 import re
 import shutil
@@ -82,6 +83,15 @@ def test_a_run_starts_from_the_weights_of_a_model(run, tmp_path):
     kept, trained = run("kept", *init, "--learning-rate", "0"), run("trained", *init)
     assert all(torch.equal(kept[name], first[name]) for name in first)
     assert not any(torch.equal(trained[name], first[name]) for name in first if name.endswith("proj.weight"))
+
+
+def test_a_run_from_weights_may_change_what_needs_no_other(run, tmp_path):
+    run("first", *sizes(), "--steps", "1")
+    init = ("--init", str(tmp_path / "first" / "final"), "--steps", "1")
+    run("other", *init, "--config", '{"innovation_signal": "layer_input"}')
+    assert json.loads((tmp_path / "other" / "final" / "config.json").read_text())["innovation_signal"] == "layer_input"
+    with pytest.raises(SystemExit, match=r"do not fit .*predictor.weight"):
+        run("more", *init, "--config", '{"innovation_predictor": "learnable"}')
 
 
 def test_a_resumed_run_keeps_its_optimizer(run, tmp_path):
