@@ -108,7 +108,7 @@ SUITES = {
         "exponential-8": bmojo(ABLATION, innovation_predictor="exponential"),
         "learnable-8": bmojo(ABLATION, innovation_predictor="learnable"),
         "state-prediction": bmojo(ABLATION, variation="state-prediction"),
-        "layer-input-8": bmojo(ABLATION, variation="layer-input"),
+        "layer-input-8": bmojo(ABLATION, innovation_signal="layer_input"),
         "cosine-8": bmojo(ABLATION, variation="cosine"),
         "relative-8": bmojo(ABLATION, variation="relative"),
         **{choice: bmojo(ABLATION, innovation_predictor=choice) for choice in ("random", "recent", "oldest")},
@@ -122,7 +122,8 @@ SUITES = {
         "bmojo-f-add-fading-token": bmojo(ABLATION, model="bmojo-f", variation="add-fading-token"),
     },
     "lead": {  # the choices where evidence does not come first; where it does, the oldest tokens are the right ones
-        choice: bmojo(LEAD, innovation_predictor=choice) for choice in ("average", "random", "recent", "oldest")
+        "layer-input": bmojo(LEAD, innovation_signal="layer_input"),
+        **{choice: bmojo(LEAD, innovation_predictor=choice) for choice in ("average", "random", "recent", "oldest")},
     },
     "sweep": SWEEP,
     "fading-state": {f"bmojo-f-state{size}": bmojo(model="bmojo-f", state_size=size) for size in (16, 32, 64)},

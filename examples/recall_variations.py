@@ -39,11 +39,6 @@ def score_with(model: nn.Module, score: Callable):
         mixer.innovation = MethodType(innovation, mixer)
 
 
-def layer_input(model: nn.Module):
-    """Score what the layer reads instead of what its SSM says."""
-    score_with(model, lambda mixer, u, y: (u - running_average(u, mixer.config.innovation_kernel)).pow(2).sum(-1))
-
-
 def cosine(model: nn.Module):
     """1 - cos(y, prediction) instead of the squared distance."""
 
@@ -90,7 +85,6 @@ def add_fading_token(model: nn.Module):
 
 
 VARIATIONS = {
-    "layer-input": layer_input,
     "cosine": cosine,
     "relative": relative,
     "state-prediction": state_prediction,

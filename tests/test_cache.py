@@ -57,6 +57,7 @@ STREAMED = {  # what rows, rollback and storage are tried on
     "bmojo": {},
     "bmojo-mamba": {"ssm_type": "mamba", "eidetic_position": "rank"},
     "wide-chunks": {"eidetic_chunk_size": 7, "sliding_window": 4, "innovation_predictor": "learnable"},
+    "layer-input": {"innovation_signal": "layer_input"},
     "convolved": CONVOLVED,
     "mixed": MIXED,
     "state-expansion": {

@@ -357,6 +357,7 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     ({"layers_block_type": ["bmojo", "rwkv"]}, "layers_block_type has 'rwkv'; allowed are 'bmojo', 'mamba', 'mamba2'"),
     ({"ssm_type": "s4"}, "ssm_type has 's4'; allowed are 'mamba', 'mamba2'"),
     ({"eidetic_position": "last"}, "eidetic_position has 'last'; allowed are 'constant', 'rank'"),
+    ({"innovation_signal": "output"}, "innovation_signal has 'output'; allowed are 'ssm_output', 'layer_input'"),
     ({"innovation_predictor": "mean"}, "innovation_predictor has 'mean'; allowed are 'average', .*, 'oldest'"),
     (rope(rope_type="dynamic", factor=2.0), r"rope_parameters\['rope_type'\] has 'dynamic'; allowed are 'default'"),
     *(
@@ -461,6 +462,7 @@ def test_heads_that_do_not_divide(tiny_config):
     "overrides",
     [
         {"fading_span": False, "innovation_predictor": "recent"},
+        {"fading_span": False, "innovation_signal": "layer_input"},
         {"fading_span": False, "eidetic_size": 0, "layers_block_type": ["mamba", "mamba2"]},
         {"n_groups": 4, "ssm_type": "mamba"},
         {"intermediate_size": None, "eidetic_size": 0},

@@ -38,6 +38,8 @@ VARIANTS = {
     "rank_mamba_untied": {"eidetic_position": "rank", "ssm_type": "mamba", "tie_attn_weights": False},
     "exponential": {"innovation_predictor": "exponential"},
     "learnable": {"innovation_predictor": "learnable"},
+    "layer_input": {"innovation_signal": "layer_input"},
+    "layer_input_learnable": {"innovation_signal": "layer_input", "innovation_predictor": "learnable"},
     "random": {"innovation_predictor": "random"},
     "recent": {"innovation_predictor": "recent"},
     "oldest": {"innovation_predictor": "oldest"},

@@ -220,7 +220,6 @@ def test_scores_of_variations_follow_their_definitions():
 
     definitions = {
         None: lambda u, y: squared(y),
-        "layer-input": lambda u, y: squared(u),
         "relative": lambda u, y: squared(y) / y.pow(2).sum(-1),
         "cosine": lambda u, y: 1 - torch.cosine_similarity(y, predicted(y), dim=-1),
     }
