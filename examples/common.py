@@ -44,11 +44,12 @@ CHOICES = {  # of what a trained model's memory holds: fields of its config
     **{choice: {"innovation_predictor": choice} for choice in ("random", "recent", "oldest")},
     "none": {"eidetic_size": 0},
 }
+SIGNALS = {signal: {"innovation_signal": signal} for signal in ("ssm_output", "layer_input")}  # innovation's, by name
 
 
 def change_memory(model: PreTrainedModel, choice: str) -> PreTrainedModel:
-    """A copy of the model, ready to read, whose memory is filled by another of `CHOICES`; its weights are the same."""
-    config = type(model.config).from_dict(model.config.to_dict() | CHOICES[choice])
+    """A copy of the model, ready to read, its memory filled by another of `CHOICES` or `SIGNALS`; the weights are the same."""
+    config = type(model.config).from_dict(model.config.to_dict() | (CHOICES | SIGNALS)[choice])
     changed = type(model)(config)
     known = changed.state_dict().keys()
     changed.load_state_dict({key: weight for key, weight in model.state_dict().items() if key in known})

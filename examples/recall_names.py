@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import CHOICES, ROOT, change_memory, find_text_files, load_model, read_text
+from common import CHOICES, ROOT, SIGNALS, change_memory, find_text_files, load_model, read_text
 from evaluate import token_bits
 from rename_names import WORD, find_names, rename
 
@@ -130,7 +130,9 @@ def main():
     parser.add_argument(
         "--models", nargs="+", default=[str(ROOT)], help="folders or Hub ids (default: this repository)"
     )
-    parser.add_argument("--choices", nargs="+", choices=list(CHOICES), default=list(CHOICES), help="of memory")
+    parser.add_argument(
+        "--choices", nargs="+", choices=[*CHOICES, *SIGNALS], default=list(CHOICES), help="what fills the memory"
+    )
     parser.add_argument("--length", type=int, default=16384, help="tokens of a book that are read (default 16384)")
     parser.add_argument("--max-books", type=int, default=12)
     parser.add_argument(
