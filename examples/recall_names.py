@@ -7,7 +7,8 @@ Every name of a book is exchanged for an invented one (rename_names.py), the sam
 first token, once, through its cache. Of every occurrence of a name all tokens but the first are counted, which say how the
 name goes on, by how far back it occurred last: what has been read before can be recalled, what occurs for the first
 time cannot. A model with an eidetic memory reads again with its memory filled by each of the other choices, and with none: what
-lies farther back than its windows, and is better predicted with the memory than without, was recalled from it.
+lies farther back than its windows, and is better predicted with the memory than without, was recalled from it. The last column
+says what share of the memory's places, of all layers, holds such tokens once a book has been read.
 """
 
 import argparse
@@ -61,16 +62,33 @@ def name_tokens(offsets: list[tuple[int, int]], names: dict[int, tuple[int, str]
     return found
 
 
+def held_tokens(model, ids: list[int]) -> list[list[int]]:
+    """Of every layer with an eidetic memory the places in the text of what it holds when all has been read."""
+    if not getattr(model.config, "eidetic_size", 0):
+        return []
+    shown = model(torch.tensor([ids], device=model.device), output_eidetic=True, logits_to_keep=1).eidetic_positions
+    last = [positions[0, -1] for positions in shown if positions is not None]
+    return [positions[positions >= 0].tolist() for positions in last]
+
+
 def measure(model, tokenizer, books, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Of each distance the sum of the losses in nats and how many tokens it is of; "all": of all tokens of the books."""
+    """Sums and what they are of, by name.
+
+    Each distance: losses in nats of the names' tokens, and how many there are; "all": of all tokens of the books; "names":
+    names' tokens, of all tokens; "held": places of the memory that hold one when a book has been read, of all places.
+    """
     totals = defaultdict(lambda: np.zeros(2))
     for number, (text, names) in enumerate(books, 1):
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = read["input_ids"][: args.length], read["offset_mapping"][: args.length]
         nats = token_bits(model, [tokenizer.eos_token_id, *ids], args.segment, carry=True).numpy() * math.log(2)
         totals["all"] += nats.sum(), len(nats)
-        for place, ago in name_tokens(offsets, names).items():
+        found = name_tokens(offsets, names)
+        for place, ago in found.items():
             totals[str(next((edge for edge in args.edges if ago <= edge), "beyond"))] += nats[place], 1
+        totals["names"] += len(found), len(ids)
+        for places in held_tokens(model, ids):
+            totals["held"] += sum(place in found for place in places), len(places)
         print(f"\r{number} of {len(books)} books", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return {name: [float(value) for value in total] for name, total in totals.items()}
@@ -87,15 +105,18 @@ def labels(edges: list[int]) -> dict[str, str]:
 
 
 def summarise(results: dict[str, dict[str, list[float]]], edges: list[int]) -> str:
-    """A table in Markdown: mean loss, and in the head how many tokens it is of."""
+    """A table in Markdown: mean loss, in the head how many tokens it is of, and the share of names' tokens in the memory."""
     shown = {key: label for key, label in labels(edges).items() if key in next(iter(results.values()))}
     counts = next(iter(results.values()))
     lines = [
         "| model, memory | " + " | ".join(f"{label} ({counts[key][1]:,.0f})" for key, label in shown.items()) + " |"
     ]
-    lines.append("|" + " --- |" * (len(shown) + 1))
+    lines[0] += f" held ({counts['names'][0] / counts['names'][1]:.1%} of the text) |"
+    lines.append("|" + " --- |" * (len(shown) + 2))
     for name, found in results.items():
-        lines.append(f"| {name} | " + " | ".join(f"{found[key][0] / found[key][1]:.3f}" for key in shown) + " |")
+        cells = [f"{found[key][0] / found[key][1]:.3f}" for key in shown]
+        cells.append(f"{found['held'][0] / found['held'][1]:.1%}" if "held" in found else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
