@@ -5,11 +5,17 @@ memory-mapped file. Training sees fixed-length windows of that stream in a shuff
 alone, so a run that was stopped (Ctrl-C saves a checkpoint first) continues exactly with ``--resume``. Windows may cross
 from one text into the next.
 
-Command that made the shipped model:
+Commands that made the shipped model, from nothing, and then further with windows that teach it to look back:
 
     python examples/pretrain.py --data ../shared/data/pg19/train --eval-data ../shared/data/pg19/validation \
         --output runs/pg19 --max-minutes 100 --seq-len 1024 --batch-size 2 --threads 1 --dtype bfloat16 \
         --optimizer muon --learning-rate 6e-3 --warmup 100 --steps 30000 --save-every 500
+    python examples/rename_names.py --data ../shared/data/pg19/train --output runs/renamed
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/pretrain.py --data ../shared/data/pg19/train runs/renamed \
+        --eval-data ../shared/data/pg19/validation --output runs/names --init runs/pg19/final \
+        --config '{"innovation_signal": "layer_input", "innovation_kernel": 16}' --recall-windows 6000 \
+        --max-minutes 52 --seq-len 1024 --batch-size 2 --threads 1 --dtype bfloat16 \
+        --optimizer muon --learning-rate 4e-3 --warmup 50 --save-every 500
 
 `torchrun --nproc-per-node N examples/pretrain.py ...` trains on N devices (DDP), each with windows of its own.
 
