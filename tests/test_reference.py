@@ -84,6 +84,7 @@ DEFAULTS = {
     "eidetic_size": 4,
     "eidetic_chunk_size": 5,
     "eidetic_position": "constant",
+    "innovation_signal": "ssm_output",
     "innovation_predictor": "average",
     "innovation_kernel": 3,
     "innovation_loss_coef": 0.5,
@@ -363,14 +364,20 @@ def fading_outputs(weights, ids):
     return after - before
 
 
-def test_innovation_is_that_of_the_fading_memory():
-    config = tiny_config(innovation_kernel=2)
+@pytest.mark.parametrize("signal", ["ssm_output", "layer_input"])
+def test_innovation_is_that_of_the_signal(signal):
+    config = tiny_config(innovation_kernel=2, innovation_signal=signal)
     weights = random_weights(config)
     ids = tokens(6)
-    y = fading_outputs(weights, ids)
-    past = torch.stack([0 * y[0], y[0], *((y[t - 1] + y[t - 2]) / 2 for t in range(2, 6))])
+    if signal == "ssm_output":
+        x = fading_outputs(weights, ids)
+    else:  # the embedding, normed
+        x = weights["model.embed_tokens.weight"][ids]
+        x = x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        x = x * weights["model.layers.0.input_layernorm.weight"]
+    past = torch.stack([0 * x[0], x[0], *((x[t - 1] + x[t - 2]) / 2 for t in range(2, 6))])
     got = reference_forward(config, weights, ids).innovations[0]
-    assert got == pytest.approx((y - past).square().sum(-1).tolist(), rel=1e-9)
+    assert got == pytest.approx((x - past).square().sum(-1).tolist(), rel=1e-9)
 
 
 @pytest.mark.parametrize("position", ["constant", "rank"])
