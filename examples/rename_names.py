@@ -22,6 +22,7 @@ from common import find_text_files, read_text
 
 WORD = re.compile(r"[A-Za-z]+")
 CAPITALISED = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}")  # where no sentence begins
+PARAGRAPH = re.compile(r"\n\r?\n")
 ONSETS = "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr pl pr qu sh sl sp st th tr".split()
 VOWELS = "a e i o u a e i o u ai ea ee io ou".split()
 CODAS = ["", "", "", "n", "r", "l", "s", "m", "t", "d", "ck", "nd", "rt", "x"]
@@ -53,8 +54,8 @@ def split_passages(text: str, length: int) -> list[str]:
     """The text in parts of at least `length` characters (but for the last), which end where a paragraph does."""
     parts, start = [], 0
     while start < len(text):
-        stop = text.find("\n\n", start + length)
-        stop = len(text) if stop < 0 else stop + 2
+        end = PARAGRAPH.search(text, start + length)
+        stop = end.end() if end else len(text)
         parts.append(text[start:stop])
         start = stop
     return parts
@@ -105,8 +106,12 @@ def main():
     names = find_names(texts)
     if not names:
         raise SystemExit(f"No names were found in the {len(files)} texts of {options.data}.")
-    for path, text in zip(files, texts, strict=True):
-        target = output / path.relative_to(options.data).with_suffix("" if path.suffix == ".gz" else ".txt")
+    targets = [
+        output / path.relative_to(options.data).with_suffix("" if path.suffix == ".gz" else ".txt") for path in files
+    ]
+    if len(set(targets)) < len(files):
+        raise SystemExit(f"{options.data} holds a text both as .txt and as .txt.gz: remove one of them.")
+    for target, text in zip(targets, texts, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         passages = split_passages(text, options.passage)
         target.write_text("".join(rename(passage, names, rng) for passage in passages), encoding="utf-8", newline="")

@@ -266,7 +266,14 @@ def test_renaming_does_not_overwrite_its_texts(books, monkeypatch, capsys):
         rename_books(books, monkeypatch, "--data", str(books.parent / "dull"))
 
 
+def test_a_text_that_is_there_twice_is_refused(books, monkeypatch):
+    (books / "Miller.txt").write_text("another one", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"both as \.txt and as \.txt\.gz"):
+        rename_books(books, monkeypatch)
+
+
 def test_passages_are_the_text():
+    assert rename_names.split_passages("one\r\n\r\ntwo\r\n\r\n", 2) == ["one\r\n\r\n", "two\r\n\r\n"]
     text = "".join(random.Random(0).choice("a \n") for _ in range(2000))
     for length in (1, 10, 500, 5000):
         parts = rename_names.split_passages(text, length)
