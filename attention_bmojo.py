@@ -297,11 +297,8 @@ class BMojoMixer(BMojoWindowAttention):
                 history = take_rows(history, (call.past_column + torch.arange(kernel, device=signal.device)) % kernel)
             if choice == "learnable":
                 with torch.enable_grad() if self.training else torch.no_grad():
-                    error = (
-                        (signal.detach().to(dtype) - self.predictor(signal.detach(), history, call.positions))
-                        .pow(2)
-                        .sum(-1)
-                    )
+                    missed = signal.detach().to(dtype) - self.predictor(signal.detach(), history, call.positions)
+                    error = missed.pow(2).sum(-1)
                     real = torch.ones_like(error, dtype=torch.bool) if call.real() is None else call.real()
                     found["loss"] = error.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
                 error = error.detach()

@@ -513,8 +513,7 @@ def main():
     else:
         model = build_model(build_config(options, tokenizer))
     per_step = options.batch_size * options.gradient_accumulation * arguments.world_size
-    windows = (tokens, options.seq_len, options.steps * per_step, options.seed)
-    windows = RecallWindows(*windows, options.recall_windows) if options.recall_windows else TokenWindows(*windows)
+    windows = RecallWindows(tokens, options.seq_len, options.steps * per_step, options.seed, options.recall_windows)
     eval_windows = TokenWindows(eval_tokens, options.seq_len, options.eval_windows, None) if eval_tokens else None
     if arguments.process_index == 0:
         print(

@@ -36,9 +36,12 @@ class TokenWindows(torch.utils.data.Dataset):
             self._order = (number, rng.permutation(self.per_pass), int(rng.integers(self.seq_len)))
         return int(self._order[1][position]) * self.seq_len + self._order[2]
 
-    def __getitem__(self, index):
+    def _read(self, index: int) -> np.ndarray:
         start = self._start(index)
-        ids = torch.from_numpy(self.tokens[start : start + self.seq_len].astype(np.int64))
+        return self.tokens[start : start + self.seq_len].astype(np.int64)
+
+    def __getitem__(self, index):
+        ids = torch.from_numpy(self._read(index))
         return {"input_ids": ids, "labels": ids.clone()}
 
 
@@ -52,7 +55,7 @@ class RecallWindows(TokenWindows):
 
     Args:
         path, seq_len, length, seed: of `TokenWindows`, the seed an int.
-        recall: so many of the windows are the first ones.
+        recall: so many of the windows are the first ones; 0: all are plain.
     """
 
     SHORTEST, LONGEST = 4, 64  # the greatest length of a block, at the beginning and at the end of the first quarter
@@ -81,20 +84,17 @@ class RecallWindows(TokenWindows):
             start = stop
         return np.concatenate(parts)
 
-    def __getitem__(self, index):
-        found = super().__getitem__(index)
+    def _read(self, index):
+        text = super()._read(index)
         if index >= self.recall:
-            return found
+            return text
         rng = np.random.default_rng((self.seed, index, 1))
         kind, begun = rng.random(), 4 * index / self.recall
+        twice, strewn, longest = 0.15, 0.5, self.LONGEST
         if begun < 1:
-            longest = int(self.SHORTEST * (self.LONGEST / self.SHORTEST) ** begun)
-            ids = self._twice(rng, longest) if kind < 0.5 else None
-        elif kind < 0.15:
-            ids = self._twice(rng, self.LONGEST)
-        else:
-            ids = self._strewn(rng, found["input_ids"].numpy()) if kind < 0.65 else None
-        if ids is None:
-            return found
-        ids = torch.from_numpy(ids[: self.seq_len])
-        return {"input_ids": ids, "labels": ids.clone()}
+            twice, strewn, longest = 0.5, 0.0, int(self.SHORTEST * (self.LONGEST / self.SHORTEST) ** begun)
+        if kind < twice:
+            text = self._twice(rng, longest)
+        elif kind < twice + strewn:
+            text = self._strewn(rng, text)
+        return text[: self.seq_len]

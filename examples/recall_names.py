@@ -71,48 +71,58 @@ def held_tokens(model, ids: list[int]) -> list[list[int]]:
     return [positions[positions >= 0].tolist() for positions in last]
 
 
-def measure(model, tokenizer, books, args: argparse.Namespace) -> dict[str, list[float]]:
+def read_books(tokenizer, books, length: int) -> list[tuple[list[int], dict[int, int]]]:
+    """The first tokens of every book, and what `name_tokens` finds there."""
+    read = (tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False) for text, _ in books)
+    return [
+        (tokens["input_ids"][:length], name_tokens(tokens["offset_mapping"][:length], names))
+        for tokens, (_, names) in zip(read, books, strict=True)
+    ]
+
+
+def measure(model, bos: int, read, args: argparse.Namespace) -> dict[str, list[float]]:
     """Sums and what they are of, by name.
 
     Each distance: losses in nats of the names' tokens, and how many there are; "all": of all tokens of the books; "names":
     names' tokens, of all tokens; "held": places of the memory that hold one when a book has been read, of all places.
+
+    Args:
+        model: reads.
+        bos: the token that every book begins with.
+        read: of `read_books`.
+        args: options.
     """
     totals = defaultdict(lambda: np.zeros(2))
-    for number, (text, names) in enumerate(books, 1):
-        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = read["input_ids"][: args.length], read["offset_mapping"][: args.length]
-        nats = token_bits(model, [tokenizer.eos_token_id, *ids], args.segment, carry=True).numpy() * math.log(2)
+    for number, (ids, found) in enumerate(read, 1):
+        nats = token_bits(model, [bos, *ids], args.segment, carry=True).numpy() * math.log(2)
         totals["all"] += nats.sum(), len(nats)
-        found = name_tokens(offsets, names)
         for place, ago in found.items():
             totals[str(next((edge for edge in args.edges if ago <= edge), "beyond"))] += nats[place], 1
         totals["names"] += len(found), len(ids)
         for places in held_tokens(model, ids):
             totals["held"] += sum(place in found for place in places), len(places)
-        print(f"\r{number} of {len(books)} books", end="", file=sys.stderr, flush=True)
+        print(f"\r{number} of {len(read)} books", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return {name: [float(value) for value in total] for name, total in totals.items()}
 
 
-def labels(edges: list[int]) -> dict[str, str]:
-    """Key of a distance to what a reader is told."""
-    return {
+def shared_labels(results: dict[str, dict[str, list[float]]], edges: list[int]) -> dict[str, str]:
+    """Key of a distance to what a reader is told, as far as all results have it."""
+    labels = {
         "0": "first time",
         **{str(high): f"{low + 1} to {high} tokens ago" for low, high in itertools.pairwise(edges)},
         "beyond": f"more than {edges[-1]}",
         "all": "all tokens",
     }
+    return {key: label for key, label in labels.items() if all(key in found for found in results.values())}
 
 
 def summarise(results: dict[str, dict[str, list[float]]], edges: list[int]) -> str:
     """A table in Markdown: mean loss, in the head how many tokens it is of, and the share of names' tokens in the memory."""
-    shown = {key: label for key, label in labels(edges).items() if key in next(iter(results.values()))}
-    counts = next(iter(results.values()))
-    lines = [
-        "| model, memory | " + " | ".join(f"{label} ({counts[key][1]:,.0f})" for key, label in shown.items()) + " |"
-    ]
-    lines[0] += f" held ({counts['names'][0] / counts['names'][1]:.1%} of the text) |"
-    lines.append("|" + " --- |" * (len(shown) + 2))
+    shown, counts = shared_labels(results, edges), next(iter(results.values()))
+    heads = ["model, memory", *(f"{label} ({counts[key][1]:,.0f})" for key, label in shown.items())]
+    heads.append(f"held ({counts['names'][0] / counts['names'][1]:.1%} of the text)")
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for name, found in results.items():
         cells = [f"{found[key][0] / found[key][1]:.3f}" for key in shown]
         cells.append(f"{found['held'][0] / found['held'][1]:.1%}" if "held" in found else "")
@@ -122,13 +132,15 @@ def summarise(results: dict[str, dict[str, list[float]]], edges: list[int]) -> s
 
 def plot(results: dict[str, dict[str, list[float]]], edges: list[int], target: str):
     """Draw the loss of names by distance."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("No plot: it needs matplotlib (pip install matplotlib).", file=sys.stderr)
+        return
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    shown = {
-        key: label for key, label in labels(edges).items() if key != "all" and key in next(iter(results.values()))
-    }
+    shown = shared_labels(results, edges)
+    shown.pop("all")
     for name, found in results.items():
         axes.plot([found[key][0] / found[key][1] for key in shown], marker="o", label=name)
     axes.set_xticks(range(len(shown)), [label.replace(" tokens ago", "\nago") for label in shown.values()])
@@ -168,11 +180,13 @@ def main():
     books, results = invented_books(texts), {}
     for path in args.models:
         model, tokenizer = load_model(path)
+        read = read_books(tokenizer, books, args.length)
         remembers = getattr(model.config, "eidetic_size", 0)
         title = path if len(args.models) > 1 else ""
         for choice in args.choices if remembers else ["none"]:
             with torch.inference_mode():
-                found = measure(change_memory(model, choice) if remembers else model, tokenizer, books, args)
+                chosen = change_memory(model, choice) if remembers else model
+                found = measure(chosen, tokenizer.eos_token_id, read, args)
             results[", ".join(filter(None, (title, choice)))] = found
             print(summarise(results, args.edges), flush=True)
     if args.output:

@@ -11,6 +11,7 @@ often as it is written small in all texts together, and that no more than a thir
 """
 
 import argparse
+import itertools
 import random
 import re
 import sys
@@ -74,9 +75,14 @@ def rename(
         made: the new names are added to it.
     """
     found = sorted({name for name in CAPITALISED.findall(passage) if name in names})
-    pool, weights = list(names), [count**0.5 for count in names.values()]
-    known = 1 - invented
-    other = {name: rng.choices(pool, weights)[0] if rng.random() < known else invent_name(rng) for name in found}
+    pool, weights = list(names), list(itertools.accumulate(count**0.5 for count in names.values()))
+
+    def another() -> str:
+        if rng.random() < 1 - invented:
+            return rng.choices(pool, cum_weights=weights)[0]
+        return invent_name(rng)
+
+    other = {name: another() for name in found}
     if made is not None:
         made |= set(other.values())
 

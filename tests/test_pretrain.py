@@ -1,6 +1,7 @@
 """examples/pretrain.py on a text of a few pages: a run, a run in two parts, and one that goes on from a model's weights."""
 
 import gzip
+import itertools
 import json
 import random
 import re
@@ -190,8 +191,10 @@ def test_half_the_tokens_of_doubled_blocks_are_copies(windows):
     for i in doubled:
         far = repeats(teaching[i])
         assert 0.35 < (far > 0).float().mean() < 0.6
-        for place in (far > 0).nonzero().flatten().tolist():
-            assert teaching[i]["input_ids"][place] == teaching[i]["input_ids"][place - far[place]]
+        ids, at = teaching[i]["input_ids"].tolist(), 0
+        while at < 128:  # block after block, each of which comes again
+            size = next(n for n in range(2, 65) if ids[at : at + n] == ids[at + n : at + 2 * n])
+            at += 2 * size
 
 
 def test_a_resumed_run_keeps_its_windows(run):
@@ -238,7 +241,7 @@ def test_names_stay_in_a_passage_and_change_with_the_next(books, monkeypatch):
     assert [name.upper() for name in names] == re.findall(r"said (\w+) was", renamed)
     assert towns == re.findall(r"and (\w+) his town", renamed)
     assert len(set(names)) > 5  # of 40 occurrences, four or so a passage
-    assert "Harding" not in set(names) or len(set(names)) < 40
+    assert 5 < sum(one != other for one, other in itertools.pairwise(names)) < 12
     pattern = r"Harding|HARDING|Boston"
     rest = re.split(pattern, before)
     at = 0
