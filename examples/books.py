@@ -1,12 +1,13 @@
 r"""Train models of equal size on books at one length, and measure their loss at positions far beyond it.
 
     python examples/books.py --data ../shared/data/pg19 --output runs/books            # hours on one core; goes on where it stopped
-    python examples/books.py --data ../shared/data/pg19 --output runs/books --models bmojo attention --steps 200
+    python examples/books.py --data ../shared/data/pg19 --output runs/books --models bmojo attention --steps 200 --learning-rates 3e-3
     python examples/books.py --data ../shared/data/pg19 --output runs/choices --trained .   # what a trained model's memory gives it
 
 Every model is trained by pretrain.py on the same windows in the same order, with the same number of parameters (the
-widths of the MLPs are solved for it), from the books in --data/train. Then books of --data/validation are read from
-their first token on, once, through the cache, and every token is predicted from all before it. What is measured:
+widths of the MLPs are solved for it), from the books in --data/train, with the first seed at every one of
+--learning-rates, with the others at the one of least loss up to the training length. Then books of --data/validation are read
+from their first token on, once, through the cache, and every token is predicted from all before it. What is measured:
 
     loss by position      mean loss of the tokens at positions [256, 512), [512, 1024), ... of a book
     rare repeated pairs   the loss of tokens whose pair with the token before is (nearly) absent from the training text and has
@@ -16,8 +17,8 @@ their first token on, once, through the cache, and every token is predicted from
 With --trained nothing is trained: that model reads the books as it is, and again with its eidetic memory filled by
 each of the other choices, and with none.
 
-Results go to --output: <model>-seed<seed>/final (the model), <model>-seed<seed>.json (<choice>.json), books.json (a list
-of seeds for every model), books.png.
+Results go to --output: <model>-lr<rate>-seed<seed>/final (the model) and .json (<choice>.json), rates.json (the loss by which
+rates were chosen), books.json (a list of seeds for every model, at its rate), books.png.
 """
 
 import argparse
@@ -77,9 +78,9 @@ def make_config(name: str, vocab_size: int, parameters: int | None) -> dict:
     return config
 
 
-def train(name: str, seed: int, args: argparse.Namespace) -> Path:
+def train(name: str, rate: float, seed: int, args: argparse.Namespace) -> Path:
     """Train a model unless it is there already; an interrupted training goes on. Returns its folder."""
-    folder = Path(args.output) / f"{name}-seed{seed}"
+    folder = Path(args.output) / f"{name}-lr{rate:g}-seed{seed}"
     if (folder / "final" / "config.json").exists():
         return folder / "final"
     from transformers import AutoTokenizer
@@ -99,7 +100,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> Path:
         "--steps",
         str(args.steps),
         "--learning-rate",
-        str(args.learning_rate),
+        str(rate),
     ]
     command += ["--seed", str(seed), "--warmup", "100", "--save-every", "250"]
     command += ["--config", json.dumps(make_config(name, vocab_size, args.parameters))]
@@ -174,19 +175,38 @@ def measure_once(record: Path, make: Callable[[], dict]) -> dict:
 
 
 def compare_models(books: list[Path], args: argparse.Namespace) -> dict[str, list[dict]]:
-    """Train and measure the models of --models, with each of --seeds, that have no results yet."""
-    output, results = Path(args.output), {}
+    """Train and measure the models of --models, with each of --seeds, that have no results yet; their rates go to rates.json."""
+    output, results, rates = Path(args.output), {}, {}
 
-    def make(name, seed):
-        folder = train(name, seed, args)
+    def make(name, rate, seed):
+        folder = train(name, rate, seed, args)
         common = common_pairs(next(folder.parent.glob("tokens-*.uint16")))
-        return measure(*load_model(str(folder)), f"{name}, seed {seed}", books, common, args) | training_of(folder)
+        title = f"{name}, rate {rate:g}, seed {seed}"
+        found = measure(*load_model(str(folder)), title, books, common, args)
+        return found | training_of(folder) | {"learning_rate": rate}
 
-    for seed, name in itertools.product(args.seeds, args.models):
-        found = measure_once(output / f"{name}-seed{seed}.json", partial(make, name, seed))
-        results.setdefault(name, []).append(found)
-        print(summarise(results), flush=True)
+    def find(name, rate, seed):
+        return measure_once(output / f"{name}-lr{rate:g}-seed{seed}.json", partial(make, name, rate, seed))
+
+    for name in args.models:
+        first, *others = args.seeds
+        grid = {rate: find(name, rate, first) for rate in args.learning_rates}
+        losses = {rate: loss_within(found, args.seq_len) for rate, found in grid.items()}
+        best = min(losses, key=losses.get)
+        results[name] = [grid[best], *(find(name, best, seed) for seed in others)]
+        rates[name] = {f"{rate:g}": loss for rate, loss in losses.items()}
+        shown = ", ".join(f"{loss:.3f} at {rate}" for rate, loss in rates[name].items())
+        print(f"{name}, up to {args.seq_len} tokens: {shown}\n{summarise(results)}", flush=True)
+    (output / "rates.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
     return results
+
+
+def loss_within(found: dict, length: int) -> float:
+    """Mean loss per token of a result in the spans of positions that begin before `length`."""
+    spans = [(low, high) for low, high in itertools.pairwise(found["edges"]) if low < length]
+    sizes = [high - low for low, high in spans]
+    losses = [np.mean(found["positions"][f"{low}-{high}"]) for low, high in spans]
+    return float(np.average(losses, weights=sizes))
 
 
 def training_of(folder: Path) -> dict:
@@ -284,7 +304,7 @@ def main():
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a training window (default 2048)")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3])
     parser.add_argument("--parameters", type=int, default=1_300_000)
     parser.add_argument("--length", type=int, default=32768, help="tokens of a book that are read (default 32768)")
     parser.add_argument("--max-books", type=int, default=12)

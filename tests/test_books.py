@@ -96,33 +96,46 @@ def test_what_is_measured(trained):
     assert (trained / "books.png").stat().st_size > 10_000
 
 
-def test_models_and_seeds_with_records_are_not_trained_again(tmp_path, monkeypatch, capsys):
+def test_rates_are_chosen_by_the_first_seed_and_nothing_is_trained_twice(tmp_path, monkeypatch, capsys):
     made = []
+    losses = {("bmojo", 0.1): 2.0, ("bmojo", 0.2): 1.0, ("sliding", 0.1): 3.0, ("sliding", 0.2): 4.0}
 
-    def train(name, seed, args):
-        made.append((name, seed))
-        folder = tmp_path / f"{name}-seed{seed}" / "final"
+    def train(name, rate, seed, args):
+        made.append((name, rate, seed))
+        folder = tmp_path / f"{name}-lr{rate}-seed{seed}" / "final"
         folder.mkdir(parents=True)
         np.array([1, 2, 3], dtype=np.uint16).tofile(folder.parent / "tokens-x.uint16")
         (folder.parent / "log.jsonl").write_text('{"tokens": 12, "seconds": 1.5}\n')
         return folder
 
     def measure(model, tokenizer, title, *others):
-        loss = 1.0 + int(title[-1])
-        return {"positions": {"0-256": [loss]}, "rare": {key: [[loss, 1]] for key in ("first", "within", "beyond")}}
+        name, rate, seed = title.split(", ")
+        near = losses[name, float(rate.split()[1])] + int(seed.split()[1])
+        positions = {"0-256": [near, near + 2], "256-512": [near], "512-1024": [-10 * near]}
+        rare = {key: [[near, 1]] for key in ("first", "within", "beyond")}
+        return {"positions": positions, "rare": rare, "edges": [0, 256, 512, 1024]}
 
     monkeypatch.setattr(books, "train", train)
     monkeypatch.setattr(books, "measure", measure)
     monkeypatch.setattr(books, "load_model", lambda folder: (None, None))
-    args = argparse.Namespace(output=str(tmp_path), models=["bmojo", "sliding"], seeds=[0])
+    args = argparse.Namespace(
+        output=str(tmp_path), models=["bmojo", "sliding"], seeds=[0], seq_len=512, learning_rates=[0.1, 0.2]
+    )
     books.compare_models([], args)
     args.seeds = [0, 1]
     results = books.compare_models([], args)
-    assert made == [("bmojo", 0), ("sliding", 0), ("bmojo", 1), ("sliding", 1)]
+    grid = [(name, rate, 0) for name in args.models for rate in args.learning_rates]
+    assert made == [*grid, ("bmojo", 0.2, 1), ("sliding", 0.1, 1)]  # by the loss up to 512, not by the one beyond
     assert results == books.compare_models([], args)
-    assert [found["positions"]["0-256"] for found in results["sliding"]] == [[1.0], [2.0]]
+    assert len(made) == 6
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert rates == {"bmojo": {"0.1": 2.5, "0.2": 1.5}, "sliding": {"0.1": 3.5, "0.2": 4.5}}
+    assert [found["learning_rate"] for found in results["sliding"]] == [0.1, 0.1]
+    assert [found["positions"]["256-512"] for found in results["bmojo"]] == [[1.0], [2.0]]
     assert results["bmojo"][1]["tokens"] == 12
-    assert "1.500 [1.000, 2.000]" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1.500 [1.000, 2.000]" in shown
+    assert "bmojo, up to 512 tokens: 2.500 at 0.1, 1.500 at 0.2" in shown
 
 
 def test_choices_of_a_trained_model(trained, capsys):
