@@ -170,7 +170,14 @@ class Call:
         if self.lengths is not None:
             wanted = (self.lengths > 0).view(-1, *[1] * (state.dim() - 1))
             new = torch.where(wanted, new, state.gather(dim, index))
-        return state.scatter_(dim, index, new) if self.may_overwrite(state) else state.scatter(dim, index, new)
+        if not self.may_overwrite(state):
+            return state.scatter(dim, index, new)
+        if (
+            state.is_cpu and state.element_size() == 2
+        ):  # torch scatters 16-bit floats on a CPU through a copy of them all
+            state.view(torch.int16).scatter_(dim, index, new.view(torch.int16))
+            return state
+        return state.scatter_(dim, index, new)
 
 
 class PackedCall:

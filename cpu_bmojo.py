@@ -32,10 +32,19 @@ from .ops_bmojo import (
 
 
 _CPU = torch.cpu.get_capabilities()
-# whether MKL multiplies a matrix and a vector more slowly than sums of products do, as on AMD's processors from Zen 4 on
-SLOW_PRODUCTS = torch.backends.mkl.is_available() and "AMD" in _CPU.get("cpu_name", "") and _CPU.get("avx512_f", False)
+# dtypes in which this processor multiplies a matrix and few rows faster in another way than F.linear's: for rows no more and
+# no longer than, and weights of more entries than
+ROW_PRODUCTS: dict[torch.dtype, tuple[int, float, int]] = {}
+if torch.backends.mkl.is_available() and "AMD" in _CPU.get("cpu_name", "") and _CPU.get("avx512_f", False):
+    ROW_PRODUCTS[torch.float32] = 1, 768, 2**17  # MKL reads short rows at a quarter of the memory's speed there
+if torch.backends.mkldnn.is_available() and _CPU.get("amx_bf16", False):
+    ROW_PRODUCTS[torch.bfloat16] = (
+        2,
+        math.inf,
+        0,
+    )  # oneDNN's products of matrices take longer to begin than to multiply
 _LOG2E = math.log2(math.e)
-_ZERO = torch.zeros((), device="cpu")
+_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.bfloat16)}
 _SMALL = 2**12  # elements below which one pass of the definition costs less than a loop
 _BLOCK = 2**18  # elements of the largest temporary of a block: 1 MiB of float32, half of a usual L2 cache
 
@@ -452,16 +461,21 @@ def _conv_blocks(x, seq_len):
 
 
 def linear_of_row(x, weight, bias=None):
-    """`F.linear` of x (..., in_features) with one row only. For short rows MKL reads a weight at a quarter of the memory's speed on AMD's processors."""
-    if not (SLOW_PRODUCTS and _is_usual(x, weight)) or torch.is_autocast_enabled("cpu"):
+    """`F.linear` of x (..., in_features) with one row or two, by the product of ROW_PRODUCTS for its dtype."""
+    if x.dtype not in ROW_PRODUCTS or not _is_usual(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     count, size = weight.shape
-    row, rows = x.view(size), 2 * _BLOCK // size
-    if count <= rows:
-        y = torch.mul(weight, row, out=_scratch.products(count, size)).sum(-1)
+    if x.dtype is torch.bfloat16:
+        if weight.numel() <= 2**16:  # MKL's product, and twice the bytes, are faster than oneDNN's
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
+        if x.numel() > size:
+            return F.linear(x, weight, bias)
+        y = torch.mv(weight, x.reshape(size))
     else:
-        parts = weight.split(rows)
-        y = torch.cat([torch.mul(part, row, out=_scratch.products(*part.shape)).sum(-1) for part in parts])
+        row, rows = x.reshape(size), 2 * _BLOCK // size
+        parts = [weight] if count <= rows else weight.split(rows)
+        sums = [torch.mul(part, row, out=_scratch.products(*part.shape)).sum(-1) for part in parts]
+        y = sums[0] if len(sums) == 1 else torch.cat(sums)
     y = y.view(*x.shape[:-1], count)
     return y if bias is None else y.add_(bias)
 
@@ -470,15 +484,14 @@ def rms_norm_of_row(x, weight, eps: float):
     """`ops_bmojo.rms_norm` of x (..., size) with one row only, in two operations: its length goes through Python."""
     if not _is_usual(x, weight):
         return rms_norm(x, weight, eps)
-    mean = torch.linalg.vector_norm(x).item() ** 2 / x.shape[-1] + eps
-    return torch.addcmul(_ZERO, x, weight, value=mean**-0.5 if mean != 0 else math.inf)
+    mean = torch.linalg.vector_norm(x, dtype=torch.float32).item() ** 2 / x.shape[-1] + eps
+    return torch.addcmul(_ZEROS[x.dtype], x, weight, value=mean**-0.5 if mean != 0 else math.inf)
 
 
 def _is_usual(x, weight) -> bool:
-    """Whether both are plain float32 tensors on a CPU, and no gradient is recorded."""
-    usual = (
-        x.is_cpu and x.dtype is weight.dtype is torch.float32 and type(weight) in (torch.nn.Parameter, torch.Tensor)
-    )
+    """Whether both are plain tensors on a CPU, in float32 or bfloat16, and no gradient is recorded."""
+    usual = x.is_cpu and x.dtype is weight.dtype and x.dtype in _ZEROS
+    usual = usual and type(weight) in (torch.nn.Parameter, torch.Tensor)
     return usual and not torch.is_grad_enabled() and is_plain(x)
 
 

@@ -3,23 +3,21 @@
 import torch
 from torch import nn
 
-from .cpu_bmojo import SLOW_PRODUCTS, linear_of_row
-
-
-# weights for which choosing a formulation pays: rows no longer than, and more entries than
-_ROW, _ENTRIES = 768, 2**17
+from .cpu_bmojo import ROW_PRODUCTS, linear_of_row
 
 
 def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`layer(x)`; for one token without gradients, on a processor with slow products, by what reads the weight fastest.
+    """`layer(x)`; for one token (or two rows of one) without gradients, by what reads the weight fastest on this processor.
 
     Projections are no subclass of `nn.Linear`, for some quantizers replace that class alone and leave others as they are
     without a word (transformers 5.24: bitsandbytes, fine-grained FP8, GGUF). A layer that is not a bare `nn.Linear` any
     more (quantized, LoRA, with hooks) is called like any module.
     """
-    if not SLOW_PRODUCTS or torch.is_grad_enabled() or not x.numel() == x.shape[-1] <= _ROW:
+    if x.dtype not in ROW_PRODUCTS or torch.is_grad_enabled():
         return layer(x)
-    if _is_bare(layer) and layer.weight.numel() > _ENTRIES:
+    most, longest, least = ROW_PRODUCTS[x.dtype]
+    size = x.shape[-1]
+    if size <= longest and x.numel() <= most * size and _is_bare(layer) and layer.weight.numel() > least:
         return linear_of_row(x, layer.weight, layer.bias)
     return layer(x)
 
