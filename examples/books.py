@@ -37,6 +37,7 @@ from common import CHOICES, ROOT, change_memory, find_text_files, load_model, re
 from evaluate import token_bits
 from pretrain import tokenize_files
 from recall import Run, build
+from transformers import AutoTokenizer
 
 
 SIZES = {  # 1.3 million parameters, 0.5 of them the embedding
@@ -78,14 +79,14 @@ def make_config(name: str, vocab_size: int, parameters: int | None) -> dict:
     return config
 
 
-def train(name: str, rate: float, seed: int, args: argparse.Namespace) -> Path:
-    """Train a model unless it is there already; an interrupted training goes on. Returns its folder."""
+def train(name: str, rate: float, seed: int, tokens: Path, vocab_size: int, args: argparse.Namespace) -> Path:
+    """Train a model on a file of tokens unless it is there already; an interrupted training goes on. Returns its folder."""
     folder = Path(args.output) / f"{name}-lr{rate:g}-seed{seed}"
     if (folder / "final" / "config.json").exists():
         return folder / "final"
-    from transformers import AutoTokenizer
-
-    vocab_size = len(AutoTokenizer.from_pretrained(str(ROOT), trust_remote_code=True))
+    folder.mkdir(exist_ok=True)
+    if not (folder / tokens.name).exists():
+        (folder / tokens.name).symlink_to(tokens.resolve())  # pretrain.py takes a file that is there
     command = [
         sys.executable,
         str(Path(__file__).with_name("pretrain.py")),
@@ -177,10 +178,12 @@ def measure_once(record: Path, make: Callable[[], dict]) -> dict:
 def compare_models(books: list[Path], args: argparse.Namespace) -> dict[str, list[dict]]:
     """Train and measure the models of --models, with each of --seeds, that have no results yet; their rates go to rates.json."""
     output, results, rates = Path(args.output), {}, {}
+    tokenizer = AutoTokenizer.from_pretrained(str(ROOT), trust_remote_code=True)
+    tokens = tokenize_files(find_text_files(Path(args.data) / "train"), tokenizer, output)
+    common = common_pairs(tokens)
 
     def make(name, rate, seed):
-        folder = train(name, rate, seed, args)
-        common = common_pairs(next(folder.parent.glob("tokens-*.uint16")))
+        folder = train(name, rate, seed, tokens, len(tokenizer), args)
         title = f"{name}, rate {rate:g}, seed {seed}"
         found = measure(*load_model(str(folder)), title, books, common, args)
         return found | training_of(folder) | {"learning_rate": rate}

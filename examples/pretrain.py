@@ -365,6 +365,19 @@ def build_model(config: PreTrainedConfig, weights: str | None = None) -> PreTrai
     return model
 
 
+def choose_model(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None
+) -> PreTrainedModel:
+    """What is trained: a model that takes the checkpoint's weights later, the one of --init with --config's fields, or a new one."""
+    config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
+    if checkpoint:
+        return build_model(config_class.from_pretrained(checkpoint))
+    if options.init:
+        fields = config_class.from_pretrained(options.init).to_dict() | read_fields(options.config)
+        return build_model(config_class.from_dict(fields), options.init)
+    return build_model(build_config(options, tokenizer))
+
+
 def check_resume(options: argparse.Namespace, tokens: Path, devices: int) -> str | None:
     """Return the checkpoint to continue from, and keep the options of the run; refuse to mix two runs."""
     output = Path(options.output)
@@ -504,14 +517,7 @@ def main():
         checkpoint = check_resume(options, tokens, arguments.world_size)
 
     set_seed(options.seed)
-    config_class = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
-    if checkpoint:
-        model = build_model(config_class.from_pretrained(checkpoint))
-    elif options.init:
-        fields = config_class.from_pretrained(options.init).to_dict() | read_fields(options.config)
-        model = build_model(config_class.from_dict(fields), options.init)
-    else:
-        model = build_model(build_config(options, tokenizer))
+    model = choose_model(options, tokenizer, checkpoint)
     per_step = options.batch_size * options.gradient_accumulation * arguments.world_size
     windows = RecallWindows(tokens, options.seq_len, options.steps * per_step, options.seed, options.recall_windows)
     eval_windows = TokenWindows(eval_tokens, options.seq_len, options.eval_windows, None) if eval_tokens else None

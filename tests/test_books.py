@@ -100,11 +100,11 @@ def test_rates_are_chosen_by_the_first_seed_and_nothing_is_trained_twice(tmp_pat
     made = []
     losses = {("bmojo", 0.1): 2.0, ("bmojo", 0.2): 1.0, ("sliding", 0.1): 3.0, ("sliding", 0.2): 4.0}
 
-    def train(name, rate, seed, args):
+    def train(name, rate, seed, tokens, vocab_size, args):
+        assert tokens.stat().st_size > 3 * 2  # of the three words
         made.append((name, rate, seed))
         folder = tmp_path / f"{name}-lr{rate}-seed{seed}" / "final"
         folder.mkdir(parents=True)
-        np.array([1, 2, 3], dtype=np.uint16).tofile(folder.parent / "tokens-x.uint16")
         (folder.parent / "log.jsonl").write_text('{"tokens": 12, "seconds": 1.5}\n')
         return folder
 
@@ -118,9 +118,11 @@ def test_rates_are_chosen_by_the_first_seed_and_nothing_is_trained_twice(tmp_pat
     monkeypatch.setattr(books, "train", train)
     monkeypatch.setattr(books, "measure", measure)
     monkeypatch.setattr(books, "load_model", lambda folder: (None, None))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "book.txt").write_text("one two three")
     args = argparse.Namespace(
-        output=str(tmp_path), models=["bmojo", "sliding"], seeds=[0], seq_len=512, learning_rates=[0.1, 0.2]
-    )
+        data=str(tmp_path), output=str(tmp_path), models=["bmojo", "sliding"], seeds=[0], seq_len=512, learning_rates=[0.1, 0.2]
+    )  # fmt: skip
     books.compare_models([], args)
     args.seeds = [0, 1]
     results = books.compare_models([], args)
