@@ -1,5 +1,6 @@
 """Attention over the memories: full, windowed, B'MOJO's one softmax over three spans, and attention beside an SSM."""
 
+import math
 from functools import partial
 
 import torch
@@ -237,6 +238,8 @@ class BMojoMixer(BMojoWindowAttention):
         self.scores_input = config.innovation_signal == "layer_input"
         self.fades, self.tied = config.fading_span, config.tie_attn_weights
         self.ranked = config.eidetic_position == "rank"
+        fades = config.innovation_half_life is not None and config.innovation_predictor not in ("recent", "oldest")
+        self.forgetting = math.log(2) / config.innovation_half_life if fades else 0
         self.fading = SSM_CLASSES[config.ssm_type](config)
         if config.fading_span and not config.tie_attn_weights:
             kv_size = config.num_key_value_heads * config.head_dim
@@ -269,7 +272,8 @@ class BMojoMixer(BMojoWindowAttention):
                 else:
                     new["history"] = call.put(state["history"], 1, call.step.output, signal)
         attend = self.attend if call.step is None else self.attend_single
-        mixed, kept, positions = attend(u, y, memory.get("innovation"), call, state)
+        score = self.score(memory["innovation"], call) if self.memory else None
+        mixed, kept, positions = attend(u, y, score, call, state)
         if positions is not None:
             memory["positions"] = positions
         return None if mixed is None else project(self.o_proj, mixed.flatten(-2)), new | kept, memory
@@ -317,9 +321,22 @@ class BMojoMixer(BMojoWindowAttention):
         found["innovation"] = error if real is None else error.masked_fill(~real, -torch.inf)
         return found
 
+    @torch.no_grad()
+    def score(self, innovation, call: Call):
+        """What the selection compares, (rows, seq_len): innovations, or with a half-life what is left of them.
+
+        That is innovation * 2^(-age / half-life) at any time. The factor 2^(-time / half-life) is the same for all tokens,
+        and left out, so that a token's score never changes; of the rest this is the logarithm.
+        """
+        if not self.forgetting:
+            return innovation
+        limits = torch.finfo(innovation.dtype)
+        left = torch.add(innovation.clamp(min=limits.tiny).log_(), call.positions, alpha=self.forgetting)
+        return torch.where(innovation < 0, innovation * limits.max, left)  # no number: below all; no token: still -inf
+
     # -- one token -----------------------------------------------------------------------------------------------------
 
-    def attend_single(self, u, y, innovation, call: Call, state):
+    def attend_single(self, u, y, score, call: Call, state):
         """The mix for one token of each row, what of the state attention keeps, and the memory of the token's chunk."""
         step = call.step
         query = self.query_heads(project(self.q_proj, u))
@@ -348,7 +365,7 @@ class BMojoMixer(BMojoWindowAttention):
         fading_query = queries.pop() if self.asks_twice else None
         if self.memory:
             eidetic_query = queries.pop()
-            kept["window_innovation"] = call.put(state["window_innovation"], 1, step.slot, innovation)
+            kept["window_innovation"] = call.put(state["window_innovation"], 1, step.slot, score)
             kept |= {name: state[name] for name in ("eidetic_innovation", "eidetic_position")}
             if step.boundary is not None:
                 kept = self.cross_boundary(kept, call)
@@ -369,7 +386,7 @@ class BMojoMixer(BMojoWindowAttention):
 
     # -- many tokens ---------------------------------------------------------------------------------------------------
 
-    def attend(self, u, y, innovation, call: Call, state):
+    def attend(self, u, y, score, call: Call, state):
         """The mix for all tokens, what of the state attention keeps ({} without cache), and the memories of all chunks.
 
         There is None in place of the mix in a call that asks for the state alone.
@@ -382,11 +399,11 @@ class BMojoMixer(BMojoWindowAttention):
         length = call.seq_len + call.lead
         kept, positions, chosen = {}, None, None
         if self.memory:
-            entries = self.entries(key, value, innovation, call, state, base, length)
+            entries = self.entries(key, value, score, call, state, base, length)
             memory, after = self.memories(entries, call, base, length)
             if state is not None:
                 kept = {f"eidetic_{name}": take_rows(entries[name], after) for name in entries}
-                kept["window_innovation"] = write_ring(state["window_innovation"], innovation, call)
+                kept["window_innovation"] = write_ring(state["window_innovation"], score, call)
             positions, chosen = self.seen(entries["position"], memory, call, base), (entries, memory)
         mixed = None if call.state_only else self.mix(u, spans, chosen, call, state, base, length)
         if state is not None:
@@ -441,20 +458,20 @@ class BMojoMixer(BMojoWindowAttention):
         ranks = torch.arange(self.memory, 0, -1, device=key.device)  # the last place holds the newest: rank 1
         return rotate(key, *call.table(-ranks))
 
-    def entries(self, key, value, innovation, call: Call, state, base, length: int):
+    def entries(self, key, value, score, call: Call, state, base, length: int):
         """Everything that can be in a memory of the call, in the order of time, with keys that are not rotated.
 
         The memory before the call, then its tokens, with a past from the first on that may enter.
 
         Returns:
-            "key", "value" (rows, entries, kv heads, head_dim), "innovation" and "position" (rows, entries); the
+            "key", "value" (rows, entries, kv heads, head_dim), "innovation" (of `score`) and "position" (rows, entries); the
             latter -inf and -1 where there is nothing, or nothing that may enter.
         """
-        rows, tokens = key.shape[0], {"key": key, "value": value, "innovation": innovation}
+        rows, tokens = key.shape[0], {"key": key, "value": value, "innovation": score}
         if call.past is None:
             positions = call.positions.expand(rows, -1)
             before = {
-                "innovation": innovation.new_full((rows, self.memory), -torch.inf),
+                "innovation": score.new_full((rows, self.memory), -torch.inf),
                 "position": positions.new_full((rows, self.memory), -1),
             }
             before |= {name: tokens[name].new_zeros(rows, self.memory, *key.shape[2:]) for name in ("key", "value")}

@@ -17,7 +17,7 @@ _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim layers_block_type ssm_type sliding_window "
     "state_size conv_kernel expand mamba_num_heads mamba_head_dim n_groups mamba_num_key_value_heads "
     "mamba_intermediate_size mamba_use_pos_emb eidetic_size eidetic_chunk_size eidetic_position innovation_signal "
-    "innovation_predictor innovation_kernel fading_span tie_attn_weights use_qk_norm rope_parameters "
+    "innovation_predictor innovation_kernel innovation_half_life fading_span tie_attn_weights use_qk_norm rope_parameters "
     "position_embedding_type rope_interleave key_multiplier attention_conv_kernel fading_query "
     "use_short_conv use_v_conv"
 ).split()

@@ -120,6 +120,9 @@ class BMojoConfig(PreTrainedConfig):
         innovation_predictor (`str`): what predicts the next value of the signal, hence what counts as surprising: `"average"`,
             `"exponential"`, `"learnable"`; or the controls `"random"`, `"recent"`, `"oldest"` that do not look at it.
         innovation_kernel (`int`): how many previous values the predictor sees.
+        innovation_half_life (`int` or `float`, *optional*): after how many tokens an innovation counts half of what it did, against
+            newer ones, when the memory chooses what to keep; None, as in the paper: it counts for ever. `"recent"` and
+            `"oldest"` go by age alone.
         innovation_loss_coef (`float`): weight of the learnable predictor's own error in the loss of `BMojoForCausalLM`. A
             trainer that computes the loss itself (TRL's fused head, label smoothing) leaves the predictor as it is.
         fading_span (`bool`): whether attention sees the fading tokens. Needed by predictors of the SSM's output.
@@ -226,6 +229,7 @@ class BMojoConfig(PreTrainedConfig):
     innovation_signal: str = "ssm_output"
     innovation_predictor: str = "average"
     innovation_kernel: int = 8
+    innovation_half_life: int | float | None = None
     innovation_loss_coef: float = 0.01
     fading_span: bool = True
     tie_attn_weights: bool = True
@@ -454,6 +458,11 @@ class BMojoConfig(PreTrainedConfig):
             )
 
     def _check_memory(self):
+        if self.innovation_half_life is not None and not 0 < self.innovation_half_life < math.inf:
+            raise ValueError(
+                f"innovation_half_life is {self.innovation_half_life}; it must be None (an innovation counts for ever), or a "
+                "number of tokens above 0."
+            )
         if self.fading_query and (self.tie_attn_weights or not self.fading_span):
             raise ValueError(
                 "fading_query=True gives fading keys queries of their own, which needs tie_attn_weights=False and "

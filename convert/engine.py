@@ -37,10 +37,12 @@ OF_MAMBA2 = (
     "mamba_norm_before_gate mamba_norm_eps mamba_d_mlp D_has_hdim"
 )
 OF_MEMORY = (
-    "eidetic_size eidetic_chunk_size eidetic_position innovation_signal innovation_predictor innovation_kernel fading_span "
-    "tie_attn_weights fading_query"
+    "eidetic_size eidetic_chunk_size eidetic_position innovation_signal innovation_predictor innovation_kernel "
+    "innovation_half_life fading_span tie_attn_weights fading_query"
 )
-OF_EIDETIC = "eidetic_chunk_size eidetic_position innovation_signal innovation_predictor innovation_kernel"
+OF_EIDETIC = (
+    "eidetic_chunk_size eidetic_position innovation_signal innovation_predictor innovation_kernel innovation_half_life"
+)
 OF_DELTA = (
     "use_short_conv use_v_conv use_gate kv_proj_rank kv_learnable_residual allow_neg_eigval num_iter ridge_strength "
     "bp_lambda use_alpha_connection use_beta_gate use_forgetting_gate use_forgetting_gate_kk gla_rescale"

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import CHOICES, ROOT, change_memory, find_text_files, load_model, read_text
+from common import CHOICES, OTHER_CHOICES, ROOT, change_memory, find_text_files, load_model, memory_choice, read_text
 from evaluate import token_bits
 from pretrain import tokenize_files
 from recall import Run, build
@@ -231,7 +231,7 @@ def compare_choices(books: list[Path], args: argparse.Namespace) -> dict[str, li
     def make(choice):
         return measure(change_memory(model, choice), tokenizer, choice, books, common, args)
 
-    for choice in CHOICES:
+    for choice in args.choices:
         results[choice] = [measure_once(output / f"{choice}.json", partial(make, choice))]
         print(summarise(results), flush=True)
     return results
@@ -304,6 +304,13 @@ def main():
     parser.add_argument("--output", default="runs/books")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--trained", help="folder or Hub id of a model to measure as it is and with other choices")
+    parser.add_argument(
+        "--choices",
+        nargs="+",
+        type=memory_choice,
+        default=list(CHOICES),
+        help=f"with --trained, what fills the memory (default: {' '.join(CHOICES)}); also {OTHER_CHOICES}",
+    )
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a training window (default 2048)")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1500)

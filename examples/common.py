@@ -1,5 +1,6 @@
 """What the example programs share: finding texts, loading a model, saving a tokenizer."""
 
+import argparse
 import gzip
 import json
 from pathlib import Path
@@ -44,12 +45,30 @@ CHOICES = {  # of what a trained model's memory holds: fields of its config
     **{choice: {"innovation_predictor": choice} for choice in ("random", "recent", "oldest")},
     "none": {"eidetic_size": 0},
 }
-SIGNALS = {signal: {"innovation_signal": signal} for signal in ("ssm_output", "layer_input")}  # innovation's, by name
+OTHER_CHOICES = "ssm_output, layer_input (the signal whose innovation chooses), half-life=TOKENS, half-life=none"
+
+
+def memory_fields(choice: str) -> dict:
+    """Fields of a config that say what fills the memory, for a name of `CHOICES` or of `OTHER_CHOICES`."""
+    if choice in CHOICES:
+        return CHOICES[choice]
+    if choice in ("ssm_output", "layer_input"):
+        return {"innovation_signal": choice}
+    name, _, tokens = choice.partition("=")
+    if name == "half-life" and (tokens == "none" or tokens.isdecimal()):
+        return {"innovation_half_life": None if tokens == "none" else int(tokens)}
+    raise argparse.ArgumentTypeError(f"{choice!r} is none of {', '.join(CHOICES)}, {OTHER_CHOICES}")
+
+
+def memory_choice(choice: str) -> str:
+    """The choice, for argparse, which says what is allowed where it is no choice."""
+    memory_fields(choice)
+    return choice
 
 
 def change_memory(model: PreTrainedModel, choice: str) -> PreTrainedModel:
-    """A copy of the model, ready to read, its memory filled by another of `CHOICES` or `SIGNALS`; the weights are the same."""
-    config = type(model.config).from_dict(model.config.to_dict() | (CHOICES | SIGNALS)[choice])
+    """A copy of the model, ready to read, its memory filled by another choice (`memory_fields`); the weights are the same."""
+    config = type(model.config).from_dict(model.config.to_dict() | memory_fields(choice))
     changed = type(model)(config)
     known = changed.state_dict().keys()
     changed.load_state_dict({key: weight for key, weight in model.state_dict().items() if key in known})

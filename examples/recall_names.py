@@ -23,7 +23,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import CHOICES, ROOT, SIGNALS, change_memory, find_text_files, load_model, read_text
+from common import (
+    CHOICES,
+    OTHER_CHOICES,
+    ROOT,
+    change_memory,
+    find_text_files,
+    load_model,
+    memory_choice,
+    read_text,
+)
 from evaluate import token_bits
 from rename_names import WORD, find_names, rename
 
@@ -164,7 +173,11 @@ def main():
         "--models", nargs="+", default=[str(ROOT)], help="folders or Hub ids (default: this repository)"
     )
     parser.add_argument(
-        "--choices", nargs="+", choices=[*CHOICES, *SIGNALS], default=list(CHOICES), help="what fills the memory"
+        "--choices",
+        nargs="+",
+        type=memory_choice,
+        default=list(CHOICES),
+        help=f"what fills the memory (default: {' '.join(CHOICES)}); also {OTHER_CHOICES}",
     )
     parser.add_argument("--length", type=int, default=16384, help="tokens of a book that are read (default 16384)")
     parser.add_argument("--max-books", type=int, default=12)

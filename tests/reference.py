@@ -243,6 +243,8 @@ def select(config, chunk: int, innovations: list[float]) -> list[int]:
 
     def rank(j: int) -> tuple[bool, float, int]:
         error = innovations[j]
+        if config.innovation_half_life is not None and config.innovation_predictor not in ("recent", "oldest"):
+            error *= 0.5 ** ((chunk * config.eidetic_chunk_size - j) / config.innovation_half_life)
         return math.isnan(error), 0.0 if math.isnan(error) else -error, j  # NaN last; in a tie the earlier token first
 
     newest = chunk * config.eidetic_chunk_size - config.sliding_window

@@ -148,14 +148,15 @@ def test_choices_of_a_trained_model(trained, capsys):
             (trained / "book.txt").read_text()[: 9000 if part == "train" else None]
         )
     args = argparse.Namespace(
-        data=str(trained), output=str(trained / "out"), trained=str(trained / "m" / "final"), length=1024, seq_len=256, max_books=5
+        data=str(trained), output=str(trained / "out"), trained=str(trained / "m" / "final"), length=1024, seq_len=256, max_books=5,
+        choices=[*books.CHOICES, "half-life=50"],
     )  # fmt: skip
     (trained / "out").mkdir()
     text = [trained / "validation" / "book.txt"]
     results = books.compare_choices(text, args)
-    assert list(results) == ["innovation", "random", "recent", "oldest", "none"]
+    assert list(results) == ["innovation", "random", "recent", "oldest", "none", "half-life=50"]
     losses = {name: result["positions"]["512-1024"][0] for name, (result,) in results.items()}
-    assert len(set(losses.values())) == 5  # every choice is another memory
+    assert len(set(losses.values())) == 6  # every choice is another memory
     model, tokenizer = load_model(args.trained)
     common = books.common_pairs(next((trained / "out").glob("tokens-*.uint16")))
     assert books.measure(model, tokenizer, "m", text, common, args) == results["innovation"][0]

@@ -58,6 +58,7 @@ STREAMED = {  # what rows, rollback and storage are tried on
     "bmojo-mamba": {"ssm_type": "mamba", "eidetic_position": "rank"},
     "wide-chunks": {"eidetic_chunk_size": 7, "sliding_window": 4, "innovation_predictor": "learnable"},
     "layer-input": {"innovation_signal": "layer_input"},
+    "half-life": {"innovation_half_life": 12.0},
     "convolved": CONVOLVED,
     "mixed": MIXED,
     "state-expansion": {

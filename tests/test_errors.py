@@ -358,6 +358,13 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     ({"ssm_type": "s4"}, "ssm_type has 's4'; allowed are 'mamba', 'mamba2'"),
     ({"eidetic_position": "last"}, "eidetic_position has 'last'; allowed are 'constant', 'rank'"),
     ({"innovation_signal": "output"}, "innovation_signal has 'output'; allowed are 'ssm_output', 'layer_input'"),
+    *(
+        (
+            {"innovation_half_life": value},
+            f"innovation_half_life is {value}; it must be None .* or a number of tokens above 0",
+        )
+        for value in (0.0, -5.0, math.inf, math.nan)
+    ),
     ({"innovation_predictor": "mean"}, "innovation_predictor has 'mean'; allowed are 'average', .*, 'oldest'"),
     (rope(rope_type="dynamic", factor=2.0), r"rope_parameters\['rope_type'\] has 'dynamic'; allowed are 'default'"),
     *(

@@ -39,6 +39,8 @@ VARIANTS = {
     "exponential": {"innovation_predictor": "exponential"},
     "learnable": {"innovation_predictor": "learnable"},
     "layer_input": {"innovation_signal": "layer_input"},
+    "half_life": {"innovation_half_life": 12.0},
+    "half_life_random": {"innovation_half_life": 12, "innovation_predictor": "random"},
     "layer_input_learnable": {"innovation_signal": "layer_input", "innovation_predictor": "learnable"},
     "random": {"innovation_predictor": "random"},
     "recent": {"innovation_predictor": "recent"},

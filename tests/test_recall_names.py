@@ -97,6 +97,16 @@ def test_a_run_counts_every_token_once(folder, monkeypatch, capsys):
     with torch.inference_mode():  # the last chunk begins at 28, and at 8: what its first window has left behind
         assert recall_names.held_tokens(recent, [5] * 30) == [[17, 18, 19, 20]]
         assert recall_names.held_tokens(recent, [5] * 9) == [[0]]
+    forgetful = recall_names.change_memory(
+        load_model(title)[0], "half-life=1"
+    )  # of what is 60 tokens old 2^-60 is left
+    lasting = recall_names.change_memory(forgetful, "half-life=none")
+    assert (forgetful.config.innovation_half_life, lasting.config.innovation_half_life) == (1, None)
+    long = torch.arange(5, 95).tolist()
+    with torch.inference_mode():
+        assert min(recall_names.held_tokens(forgetful, long)[0]) > 60
+        assert recall_names.held_tokens(lasting, long) == recall_names.held_tokens(load_model(title)[0], long)
+        assert min(recall_names.held_tokens(lasting, long)[0]) < 60
     # against evaluate.py's own reading of the same texts
     model, tokenizer = load_model(title)
     books = recall_names.invented_books([text * 20 for text in BOOKS.values()])
@@ -105,3 +115,11 @@ def test_a_run_counts_every_token_once(folder, monkeypatch, capsys):
         bits = [evaluate.token_bits(model, [tokenizer.eos_token_id, *each], 400, carry=False).sum() for each in ids]
     assert sums["all"][0] == pytest.approx(sum(bits).item() * math.log(2), rel=1e-5)
     assert sums["all"][0] != pytest.approx(found[f"{title}, none"]["all"][0], rel=1e-7)
+
+
+@pytest.mark.parametrize("choice", ["newest", "half-life=", "half-life=-3", "half-life=soon"])
+def test_an_unknown_choice_is_refused_with_the_known_ones(choice, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recall_names.py", "--data", str(folder / "books"), "--choices", choice])
+    with pytest.raises(SystemExit):
+        recall_names.main()
+    assert f"{choice!r} is none of innovation, random" in capsys.readouterr().err

@@ -87,6 +87,7 @@ DEFAULTS = {
     "innovation_signal": "ssm_output",
     "innovation_predictor": "average",
     "innovation_kernel": 3,
+    "innovation_half_life": None,
     "innovation_loss_coef": 0.5,
     "tie_attn_weights": True,
 }
@@ -473,6 +474,27 @@ def test_selection_by_hand():
     assert select(config, 2, errors) == [2, 4, 6, 7]
     config.eidetic_size = 0
     assert select(config, 2, errors) == []
+
+
+def test_selection_with_a_half_life_by_hand():
+    config = tiny_config(sliding_window=3, eidetic_chunk_size=5, eidetic_size=2, innovation_half_life=1)
+    errors = [
+        64.0,
+        17.0,
+        8.0,
+        0.0,
+        3.0,
+        2.0,
+        0.5,
+        0.6,
+    ]  # at chunk 2, of 0 to 7, in units of 2^-10: 64, 34, 32, 0, 48, 64, 32, 76.8
+    assert select(config, 2, errors) == [0, 7]  # of the two with 64 the earlier
+    config.eidetic_size = 4
+    assert select(config, 2, errors) == [0, 4, 5, 7]
+    config.innovation_half_life = 2
+    assert select(config, 2, errors) == [0, 1, 2, 4]  # in units of 2^-5: 64, 24, 16, 0, 12, 11.3, 4, 6.8
+    config.innovation_half_life, config.innovation_predictor = 1, "oldest"
+    assert select(config, 2, [0.0] * 8) == [0, 1, 2, 3]
 
 
 def test_random_scores_are_asked_for():
