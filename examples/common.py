@@ -45,7 +45,9 @@ CHOICES = {  # of what a trained model's memory holds: fields of its config
     **{choice: {"innovation_predictor": choice} for choice in ("random", "recent", "oldest")},
     "none": {"eidetic_size": 0},
 }
-OTHER_CHOICES = "ssm_output, layer_input (the signal whose innovation chooses), half-life=TOKENS, half-life=none"
+OTHER_CHOICES = (
+    "ssm_output, layer_input (the signal whose innovation chooses), half-life=TOKENS, half-life=none, size=PLACES"
+)
 
 
 def memory_fields(choice: str) -> dict:
@@ -54,9 +56,11 @@ def memory_fields(choice: str) -> dict:
         return CHOICES[choice]
     if choice in ("ssm_output", "layer_input"):
         return {"innovation_signal": choice}
-    name, _, tokens = choice.partition("=")
-    if name == "half-life" and (tokens == "none" or tokens.isdecimal()):
-        return {"innovation_half_life": None if tokens == "none" else int(tokens)}
+    name, _, value = choice.partition("=")
+    if name == "half-life" and (value == "none" or value.isdecimal()):
+        return {"innovation_half_life": None if value == "none" else int(value)}
+    if name == "size" and value.isdecimal():
+        return {"eidetic_size": int(value)}
     raise argparse.ArgumentTypeError(f"{choice!r} is none of {', '.join(CHOICES)}, {OTHER_CHOICES}")
 
 

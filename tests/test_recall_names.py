@@ -107,6 +107,10 @@ def test_a_run_counts_every_token_once(folder, monkeypatch, capsys):
         assert min(recall_names.held_tokens(forgetful, long)[0]) > 60
         assert recall_names.held_tokens(lasting, long) == recall_names.held_tokens(load_model(title)[0], long)
         assert min(recall_names.held_tokens(lasting, long)[0]) < 60
+    with torch.inference_mode():
+        wide = recall_names.held_tokens(recall_names.change_memory(forgetful, "size=6"), long)[0]
+        assert wide[-4:] == recall_names.held_tokens(forgetful, long)[0]
+        assert len(wide) == 6
     # against evaluate.py's own reading of the same texts
     model, tokenizer = load_model(title)
     books = recall_names.invented_books([text * 20 for text in BOOKS.values()])
@@ -117,7 +121,7 @@ def test_a_run_counts_every_token_once(folder, monkeypatch, capsys):
     assert sums["all"][0] != pytest.approx(found[f"{title}, none"]["all"][0], rel=1e-7)
 
 
-@pytest.mark.parametrize("choice", ["newest", "half-life=", "half-life=-3", "half-life=soon"])
+@pytest.mark.parametrize("choice", ["newest", "half-life=", "half-life=-3", "half-life=soon", "size=none"])
 def test_an_unknown_choice_is_refused_with_the_known_ones(choice, folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recall_names.py", "--data", str(folder / "books"), "--choices", choice])
     with pytest.raises(SystemExit):
