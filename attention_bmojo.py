@@ -326,13 +326,14 @@ class BMojoMixer(BMojoWindowAttention):
         """What the selection compares, (rows, seq_len): innovations, or with a half-life what is left of them.
 
         That is innovation * 2^(-age / half-life) at any time. The factor 2^(-time / half-life) is the same for all tokens,
-        and left out, so that a token's score never changes; of the rest this is the logarithm.
+        and left out, so that a token's score never changes; of the rest this is the logarithm, -inf where there is no token.
         """
         if not self.forgetting:
             return innovation
-        limits = torch.finfo(innovation.dtype)
-        left = torch.add(innovation.clamp(min=limits.tiny).log_(), call.positions, alpha=self.forgetting)
-        return torch.where(innovation < 0, innovation * limits.max, left)  # no number: below all; no token: still -inf
+        logarithm = innovation.clamp(min=torch.finfo(innovation.dtype).tiny).log_()  # no number: the least there is
+        left = torch.add(logarithm, call.positions, alpha=self.forgetting)
+        real = call.real()
+        return left if real is None else left.masked_fill_(~real, -torch.inf)
 
     # -- one token -----------------------------------------------------------------------------------------------------
 
