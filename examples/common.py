@@ -46,12 +46,16 @@ CHOICES = {  # of what a trained model's memory holds: fields of its config
     "none": {"eidetic_size": 0},
 }
 OTHER_CHOICES = (
-    "ssm_output, layer_input (the signal whose innovation chooses), half-life=TOKENS, half-life=none, size=PLACES"
+    "ssm_output, layer_input (the signal whose innovation chooses), half-life=TOKENS, half-life=none, size=PLACES; "
+    "or several with + between them"
 )
 
 
 def memory_fields(choice: str) -> dict:
     """Fields of a config that say what fills the memory, for a name of `CHOICES` or of `OTHER_CHOICES`."""
+    first, _, others = choice.partition("+")
+    if others:
+        return memory_fields(first) | memory_fields(others)
     if choice in CHOICES:
         return CHOICES[choice]
     if choice in ("ssm_output", "layer_input"):

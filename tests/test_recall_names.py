@@ -108,7 +108,7 @@ def test_a_run_counts_every_token_once(folder, monkeypatch, capsys):
         assert recall_names.held_tokens(lasting, long) == recall_names.held_tokens(load_model(title)[0], long)
         assert min(recall_names.held_tokens(lasting, long)[0]) < 60
     with torch.inference_mode():
-        wide = recall_names.held_tokens(recall_names.change_memory(forgetful, "size=6"), long)[0]
+        wide = recall_names.held_tokens(recall_names.change_memory(lasting, "half-life=1+size=6"), long)[0]
         assert wide[-4:] == recall_names.held_tokens(forgetful, long)[0]
         assert len(wide) == 6
     # against evaluate.py's own reading of the same texts
