@@ -4,6 +4,9 @@ Budgets are steps, not seconds, so that a row comes out the same on any machine;
 `minute` gives every model the same CPU time.
 """
 
+import itertools
+
+
 GRID = (1e-3, 2e-3, 4e-3)  # learning rates, the same for every model
 EIGHT = {"lr": GRID, "seconds": None, "steps": 2000}  # 8 pairs in 64 tokens of random filler, 2.0M tokens
 ABLATION = EIGHT | {"lr": 2e-3}  # the rate that the grid chose for the whole layer
@@ -52,10 +55,22 @@ def long_rows() -> dict:
     }
 
 
+MAD = {"lr": GRID, "seconds": None, "steps": 1500, "train_examples": 12800}
+
+
+def half_life_rows() -> dict:
+    """Tasks of MAD in which the same keys come again and again, with innovations that fade; the learning rate of the row without."""
+    rows = {}
+    for task, tokens in itertools.product(("in-context-recall", "noisy-recall"), (16, 64)):
+        fields = {"mamba_head_dim": 32, "innovation_half_life": tokens}
+        row = {"task": task, "model": "bmojo", "hidden_size": 64, "lr": 4e-3, "fields": fields}
+        rows[f"{task}-half-life-{tokens}"] = MAD | row
+    return rows
+
+
 def mad_rows() -> dict:
     """Four tasks of MAD at two sizes of model, on its 12,800 examples; the larger takes the smaller's learning rate."""
-    rows = {}
-    budget = {"lr": GRID, "seconds": None, "steps": 1500, "train_examples": 12800}
+    rows, budget = {}, MAD
     for task in ("in-context-recall", "noisy-recall", "fuzzy-recall", "selective-copying"):
         for hidden in (64, 128):
             for model in ("bmojo", "bmojo-f", "mamba2", "sliding", "attention"):
@@ -95,6 +110,7 @@ SUITES = {
     "length": {
         "bmojo": bmojo(REPEATED),
         "bmojo-random-choice": bmojo(REPEATED, innovation_predictor="random"),
+        "bmojo-half-life-64": bmojo(REPEATED | {"lr": 2e-3}, innovation_half_life=64),  # the rate of the first
         "mamba2-expand2-state32": REPEATED | MAMBA2,
         "mamba2": REPEATED | {"model": "mamba2"},
         "mamba2-state64": REPEATED | {"model": "mamba2", "fields": {"state_size": 64}},
@@ -123,6 +139,7 @@ SUITES = {
     },
     "lead": {  # the choices where evidence does not come first; where it does, the oldest tokens are the right ones
         "layer-input": bmojo(LEAD, innovation_signal="layer_input"),
+        "half-life-64": bmojo(LEAD, innovation_half_life=64),
         **{choice: bmojo(LEAD, innovation_predictor=choice) for choice in ("average", "random", "recent", "oldest")},
     },
     "sweep": SWEEP,
@@ -141,4 +158,5 @@ SUITES = {
         **SWEEP,
     },
     "mad": mad_rows(),
+    "half-life": half_life_rows(),
 }
