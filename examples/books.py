@@ -314,7 +314,7 @@ def main():
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a training window (default 2048)")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3, 6e-3, 1.2e-2])
     parser.add_argument("--parameters", type=int, default=1_300_000)
     parser.add_argument("--length", type=int, default=32768, help="tokens of a book that are read (default 32768)")
     parser.add_argument("--max-books", type=int, default=12)
