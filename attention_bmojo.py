@@ -238,8 +238,8 @@ class BMojoMixer(BMojoWindowAttention):
         self.scores_input = config.innovation_signal == "layer_input"
         self.fades, self.tied = config.fading_span, config.tie_attn_weights
         self.ranked = config.eidetic_position == "rank"
-        fades = config.innovation_half_life is not None and config.innovation_predictor not in ("recent", "oldest")
-        self.forgetting = math.log(2) / config.innovation_half_life if fades else 0
+        lasts = config.innovation_half_life is None or config.innovation_predictor in ("recent", "oldest")
+        self.forgetting = 0 if lasts else math.log(2) / config.innovation_half_life  # per token
         self.fading = SSM_CLASSES[config.ssm_type](config)
         if config.fading_span and not config.tie_attn_weights:
             kv_size = config.num_key_value_heads * config.head_dim

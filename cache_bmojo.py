@@ -40,7 +40,8 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
     Kinds: "model", the dtype of the activations; "wide", that dtype but at least float32; "int64". The tensors "full_key"
     and "full_value" are the only ones that grow: their first axis, 0 here, is the number of columns seen.
 
-    Keys and values of all memories of a layer lie in one tensor each, head first, so that one product reads them:
+    "window_innovation" and "eidetic_innovation" are what the memory's choice compares: with `innovation_half_life` what is left
+    of innovations (`BMojoMixer.score`). Keys and values of all memories of a layer lie in one tensor each, head first, so that one product reads them:
     `memory_slots` says where.
     """
     kind = config.ssm_type if layer_type in ("bmojo", "hybrid") else layer_type

@@ -172,9 +172,8 @@ class Call:
             new = torch.where(wanted, new, state.gather(dim, index))
         if not self.may_overwrite(state):
             return state.scatter(dim, index, new)
-        if (
-            state.is_cpu and state.element_size() == 2
-        ):  # torch scatters 16-bit floats on a CPU through a copy of them all
+        # as integers, for torch scatters 16-bit floats on a CPU through a copy of them all
+        if state.is_cpu and state.element_size() == 2:
             state.view(torch.int16).scatter_(dim, index, new.view(torch.int16))
             return state
         return state.scatter_(dim, index, new)

@@ -38,11 +38,7 @@ ROW_PRODUCTS: dict[torch.dtype, tuple[int, float, int]] = {}
 if torch.backends.mkl.is_available() and "AMD" in _CPU.get("cpu_name", "") and _CPU.get("avx512_f", False):
     ROW_PRODUCTS[torch.float32] = 1, 768, 2**17  # MKL reads short rows at a quarter of the memory's speed there
 if torch.backends.mkldnn.is_available() and _CPU.get("amx_bf16", False):
-    ROW_PRODUCTS[torch.bfloat16] = (
-        2,
-        math.inf,
-        0,
-    )  # oneDNN's products of matrices take longer to begin than to multiply
+    ROW_PRODUCTS[torch.bfloat16] = 2, math.inf, 0  # oneDNN's products of matrices begin slowly
 _LOG2E = math.log2(math.e)
 _ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.bfloat16)}
 _SMALL = 2**12  # elements below which one pass of the definition costs less than a loop
