@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from itertools import pairwise
+from types import SimpleNamespace
 
 import mpmath
 import pytest
@@ -615,6 +616,18 @@ def test_nan_innovations_rank_last(make, sizes):
     for chunk in range(11):
         chosen = select_by_definition(model.config, chunk, errors)
         assert seen[chunk] == [-1] * (12 - len(chosen)) + chosen
+
+
+@pytest.mark.parametrize("start", [0, 10**6, 10**7])
+@pytest.mark.parametrize("half_life", [256, 16384])
+def test_scores_of_fading_innovations_hold_far_into_a_stream(make, start, half_life):
+    """Of 4,000 tokens float32 chooses the 64 that what is left of their innovations says, whatever their positions."""
+    mixer = make("plain", innovation_half_life=half_life).model.layers[0].mixer
+    innovations = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0)).exp()
+    positions = start + torch.arange(4000)[None]
+    call = SimpleNamespace(positions=positions, real=lambda: None)
+    left = innovations[0].double() * 0.5 ** ((positions[0, -1] - positions[0]) / half_life)
+    assert set(select(mixer.score(innovations, call), 64)[0].tolist()) == set(left.topk(64).indices.tolist())
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 1000])
