@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import CHOICES, OTHER_CHOICES, ROOT, change_memory, find_text_files, load_model, memory_choice, read_text
+from common import ROOT, add_choices, change_memory, find_text_files, load_model, read_text
 from evaluate import token_bits
 from pretrain import tokenize_files
 from recall import Run, build
@@ -304,13 +304,7 @@ def main():
     parser.add_argument("--output", default="runs/books")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--trained", help="folder or Hub id of a model to measure as it is and with other choices")
-    parser.add_argument(
-        "--choices",
-        nargs="+",
-        type=memory_choice,
-        default=list(CHOICES),
-        help=f"with --trained, what fills the memory (default: {' '.join(CHOICES)}); also {OTHER_CHOICES}",
-    )
+    add_choices(parser, "with --trained, what fills the memory")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a training window (default 2048)")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1500)

@@ -74,6 +74,12 @@ def memory_choice(choice: str) -> str:
     return choice
 
 
+def add_choices(parser: argparse.ArgumentParser, what: str):
+    """The option --choices: what fills the memory, one row of a table each."""
+    known = f"{what} (default: {' '.join(CHOICES)}); also {OTHER_CHOICES}"
+    parser.add_argument("--choices", nargs="+", type=memory_choice, default=list(CHOICES), help=known)
+
+
 def change_memory(model: PreTrainedModel, choice: str) -> PreTrainedModel:
     """A copy of the model, ready to read, its memory filled by another choice (`memory_fields`); the weights are the same."""
     config = type(model.config).from_dict(model.config.to_dict() | memory_fields(choice))

@@ -23,16 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import (
-    CHOICES,
-    OTHER_CHOICES,
-    ROOT,
-    change_memory,
-    find_text_files,
-    load_model,
-    memory_choice,
-    read_text,
-)
+from common import ROOT, add_choices, change_memory, find_text_files, load_model, read_text
 from evaluate import token_bits
 from rename_names import WORD, find_names, rename
 
@@ -172,13 +163,7 @@ def main():
     parser.add_argument(
         "--models", nargs="+", default=[str(ROOT)], help="folders or Hub ids (default: this repository)"
     )
-    parser.add_argument(
-        "--choices",
-        nargs="+",
-        type=memory_choice,
-        default=list(CHOICES),
-        help=f"what fills the memory (default: {' '.join(CHOICES)}); also {OTHER_CHOICES}",
-    )
+    add_choices(parser, "what fills the memory")
     parser.add_argument("--length", type=int, default=16384, help="tokens of a book that are read (default 16384)")
     parser.add_argument("--max-books", type=int, default=12)
     parser.add_argument(
