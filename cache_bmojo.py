@@ -41,7 +41,9 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
     and "full_value" are the only ones that grow: their first axis, 0 here, is the number of columns seen.
 
     "window_innovation" and "eidetic_innovation" are what the memory's choice compares: with `innovation_half_life` what is left
-    of innovations (`BMojoMixer.score`). Keys and values of all memories of a layer lie in one tensor each, head first, so that one product reads them:
+    of innovations (`BMojoMixer.score`).
+
+    Keys and values of all memories of a layer lie in one tensor each, head first, so that one product reads them:
     `memory_slots` says where.
     """
     kind = config.ssm_type if layer_type in ("bmojo", "hybrid") else layer_type

@@ -28,7 +28,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -179,10 +179,14 @@ def compare_models(books: list[Path], args: argparse.Namespace) -> dict[str, lis
     """Train and measure the models of --models, with each of --seeds, that have no results yet; their rates go to rates.json."""
     output, results, rates = Path(args.output), {}, {}
     tokenizer = AutoTokenizer.from_pretrained(str(ROOT), trust_remote_code=True)
-    tokens = tokenize_files(find_text_files(Path(args.data) / "train"), tokenizer, output)
-    common = common_pairs(tokens)
+
+    @cache  # once for all models, and not at all where every result is there
+    def training_text():
+        tokens = tokenize_files(find_text_files(Path(args.data) / "train"), tokenizer, output)
+        return tokens, common_pairs(tokens)
 
     def make(name, rate, seed):
+        tokens, common = training_text()
         folder = train(name, rate, seed, tokens, len(tokenizer), args)
         title = f"{name}, rate {rate:g}, seed {seed}"
         found = measure(*load_model(str(folder)), title, books, common, args)
