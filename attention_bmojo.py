@@ -330,8 +330,9 @@ class BMojoMixer(BMojoWindowAttention):
         """
         if not self.forgetting:
             return innovation
-        logarithm = innovation.clamp(min=torch.finfo(innovation.dtype).tiny).log_()  # no number: the least there is
-        left = torch.add(logarithm, call.positions, alpha=self.forgetting)
+        left = torch.add(innovation.log(), call.positions, alpha=self.forgetting)
+        least = torch.finfo(left.dtype).min  # of NaNs, which are -1 here; nothing remains nothing, and is above them
+        left = left.nan_to_num_(least, torch.inf, least / 2)
         real = call.real()
         return left if real is None else left.masked_fill_(~real, -torch.inf)
 

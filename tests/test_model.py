@@ -586,10 +586,11 @@ def test_selection_is_a_function_of_the_prefix(make, variant, dtype, sequence):
         assert part == [layer[: -(-seq_len // model.config.eidetic_chunk_size)] for layer in want]
 
 
+@pytest.mark.parametrize("half_life", [None, 3])
 @pytest.mark.parametrize("sizes", [[], [1] * 33, [2, 9, 0, 1, 1, 5]], ids=str)
-def test_equal_innovations_keep_the_earliest(tiny_model, sizes):
+def test_equal_innovations_keep_the_earliest(tiny_model, sizes, half_life):
     """An SSM that says nothing: all innovations are exactly 0, at every chunk the oldest tokens stay."""
-    model = tiny_model(eidetic_size=6)
+    model = tiny_model(eidetic_size=6, innovation_half_life=half_life)
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.mixer.fading.out_proj.weight)
     _, memories, _ = stream(model, tokens(2, 33), sizes)
@@ -599,10 +600,11 @@ def test_equal_innovations_keep_the_earliest(tiny_model, sizes):
             assert positions.tolist() == [[-1] * (6 - left) + list(range(left))] * 2
 
 
+@pytest.mark.parametrize("half_life", [None, 0.05])
 @pytest.mark.parametrize("sizes", [[], [1] * 33, [13, 1, 4]], ids=str)
-def test_nan_innovations_rank_last(make, sizes):
+def test_nan_innovations_rank_last(make, sizes, half_life):
     """From token 9 on the SSM's state is NaN; older tokens keep their places, then the earliest NaN fills up."""
-    model = make("plain", eidetic_size=12)
+    model = make("plain", eidetic_size=12, innovation_half_life=half_life)
     embeds = model.model.embed_tokens(tokens(1, 33)).detach()
     embeds[0, 9] = torch.nan
     cache, seen = BMojoCache(model.config), {}
