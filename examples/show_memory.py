@@ -6,9 +6,10 @@ Commands:
     python examples/show_memory.py --text story.txt --tokens 3000 --output story.html --png story.png
 
 The model reads the text once. The HTML file, which needs nothing beside it, shows the text with every token tinted by its
-innovation, that is by how badly the fading memory predicted it; the tokens in memory stand out. A slider goes through the
-chunks of the text and shows the memory as it was when each was answered; the strips beside the text show the lives of all
-kept tokens, layer by layer. --png draws the page and the strips as an image, where matplotlib is installed.
+innovation, that is by how far it (or what the SSM says of it) lies from what the tokens before predict; the tokens in
+memory stand out. A slider goes through the chunks of the text and shows the memory as it was when each was answered; the
+strips beside the text show the lives of all kept tokens, layer by layer. --png draws the page and the strips as an image,
+where matplotlib is installed.
 
 Without --text it reads the beginning of a validation book of PG-19 where ../shared/data/pg19 is, else a passage by
 Jane Austen.
