@@ -234,7 +234,8 @@ class BMojoMixer(BMojoWindowAttention):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.memory, self.chunk = config.eidetic_size, config.eidetic_chunk_size
+        self.memory = config.eidetic_size if self.layer_type == "bmojo" else 0
+        self.chunk = config.eidetic_chunk_size
         self.scores_input = config.innovation_signal == "layer_input"
         self.fades, self.tied = config.fading_span, config.tie_attn_weights
         self.ranked = config.eidetic_position == "rank"
@@ -360,7 +361,7 @@ class BMojoMixer(BMojoWindowAttention):
         if self.asks_twice:
             queries.append(self.query_heads(project(self.fading_q_proj, u), self.fading_q_norm))
         key = key.view(rows, 1, -1, self.head_dim)
-        turned = rotate.definition(torch.cat([*queries, key], 2), step.cos, step.sin)
+        turned = rotate.definition(torch.cat([*queries, key], 2), step.cos[self.layer_type], step.sin[self.layer_type])
         query, *queries, key = turned.split_with_sizes([heads] * len(queries) + [key.shape[2]], 2)
         kept = self.put(state, call, key.view(rows, rings, -1, self.head_dim), value)
         positions = eidetic_query = None
@@ -525,6 +526,12 @@ class BMojoMixer(BMojoWindowAttention):
         return found[:, : max(1, int(used.max()))] if not torch.compiler.is_compiling() else found
 
 
+class BMojoFMixer(BMojoMixer):
+    """The B'MOJO layer without eidetic memory: the paper's B'MOJO-F."""
+
+    layer_type = "bmojo_f"
+
+
 class BMojoPredictor(nn.Module):
     """The learnable causal predictor of the SSM's outputs: weight (innovation_kernel, hidden_size), row k - 1 for y_{t-k}."""
 
@@ -558,6 +565,7 @@ class BMojoHybridMixer(BMojoAttention):
 
 MIXER_CLASSES = {
     "bmojo": BMojoMixer,
+    "bmojo_f": BMojoFMixer,
     "sliding_attention": BMojoWindowAttention,
     "full_attention": BMojoAttention,
     "hybrid": BMojoHybridMixer,

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .configuration_bmojo import DELTA_TYPES
+from .configuration_bmojo import BMOJO_TYPES, DELTA_TYPES
 from .numerics_bmojo import at_least_float32
 
 
@@ -46,7 +46,7 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
     Keys and values of all memories of a layer lie in one tensor each, head first, so that one product reads them:
     `memory_slots` says where.
     """
-    kind = config.ssm_type if layer_type in ("bmojo", "hybrid") else layer_type
+    kind = config.ssm_type if layer_type in (*BMOJO_TYPES, "hybrid") else layer_type
     shapes = {}
     if kind in ("mamba", "mamba2"):
         channels = sum(convolved_widths(config, kind))
@@ -101,10 +101,11 @@ def memory_slots(config, layer_type: str) -> dict[str, slice]:
     sizes = {}
     if layer_type == "sliding_attention":
         sizes["window"] = config.sliding_window
-    if layer_type == "bmojo":
-        sizes["window"] = config.sliding_window + (config.eidetic_chunk_size if config.eidetic_size else 0)
+    if layer_type in BMOJO_TYPES:
+        memory = config.eidetic_size if layer_type == "bmojo" else 0
+        sizes["window"] = config.sliding_window + (config.eidetic_chunk_size if memory else 0)
         sizes["fading"] = 2 * config.sliding_window if config.fading_span else 0
-        sizes["eidetic"] = config.eidetic_size
+        sizes["eidetic"] = memory
     slots, start = {}, 0
     for name, size in sizes.items():
         if size:
@@ -172,7 +173,8 @@ class BMojoCache(Cache):
 
         rows * (8 + sum over layers of
             bmojo               2 kv s (w + c) + W (w + c) + 2 kv s 2w + M (2 kv s + W + 8) + innovation_kernel hidden_size s
-                                + the bytes of its SSM; with M = 0: 2 kv s w + 2 kv s 2w + the bytes of its SSM
+                                + the bytes of its SSM; with M = 0: as bmojo_f
+            bmojo_f             2 kv s w + 2 kv s 2w + the bytes of its SSM
             mamba2              (conv_kernel - 1) (heads head_dim + 2 n_groups state_size) s + heads head_dim state_size W;
                                 with g = mamba_num_key_value_heads the middle factor is g (head_dim + state_size) + n_groups state_size
             mamba               (conv_kernel - 1) inner s + inner state_size W, inner = expand hidden_size or mamba_intermediate_size
@@ -183,7 +185,7 @@ class BMojoCache(Cache):
             full_attention      2 kv s (columns seen, or max_cache_len)
             hybrid              that, and the bytes of its SSM)
 
-    (without `fading_span` a bmojo layer has no 2w term; under a control predictor no innovation_kernel term; without
+    (without `fading_span` they have no 2w term; under a control predictor no innovation_kernel term; without
     `use_v_conv` or `use_short_conv` what is not convolved is not kept; with `attention_conv_kernel` K the last three have
     (K - 1) (num_attention_heads head_dim + 2 kv) s more)
     so it is allocated whole at the first call and does not grow, unless there are `full_attention` or `hybrid` layers.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cache_bmojo import memory_slots
-from .configuration_bmojo import SSM_TYPES
+from .configuration_bmojo import BMOJO_TYPES, SSM_TYPES
 from .layout_bmojo import PackedLayout, Rows
 from .numerics_bmojo import as_dtype, at_least_float32
 
@@ -20,11 +20,11 @@ class Step:
 
     Attributes:
         index: by layer type the slots that the token is written to, one of every ring, (rows, kv heads, rings, head_dim) int64.
-        slot: of those the window's in `bmojo` layers, (rows, 1); None without such layers.
+        slot: of those the window's in layers with eidetic memory, (rows, 1); None without such layers.
         output: the slot of `history` that the token's signal is written to, (rows, 1, hidden_size) int64.
         mask: by layer type what is added to the scores of all slots, (rows or rows * kv heads, 1, slots): 0 or -inf.
-        cos, sin: for queries, queries of the eidetic memory, of fading keys (as far as there are) and keys, side by side as
-            heads, (rows, 1, heads, head_dim); times the scale of the scores for queries.
+        cos, sin: by type of B'MOJO layers for queries, queries of the eidetic memory, of fading keys (as far as there are) and
+            keys, side by side as heads, (rows, 1, heads, head_dim); times the scale of the scores for queries.
         predictor: weights of the signals in `history` for the prediction of this one, (rows, 1, innovation_kernel).
         boundary: rows that begin a chunk, (rows, 1) bool; None where none does.
         near: how many slots, the first ones of the window, hold all that is seen, while nothing has left it; None: all may.
@@ -35,8 +35,8 @@ class Step:
     slot: torch.Tensor | None
     output: torch.Tensor
     mask: dict[str, torch.Tensor]
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: dict[str, torch.Tensor]
+    sin: dict[str, torch.Tensor]
     predictor: torch.Tensor
     boundary: torch.Tensor | None
     near: int | None = None
@@ -47,19 +47,19 @@ class Step:
         def each(part, rows=1):
             return part[:, None].expand(-1, rows, *part.shape[1:]).unbind(0)
 
-        count = len(self.cos)
-        index = {name: each(part, rows) for name, part in self.index.items()}
+        count, device = len(self.output), self.output.device
+
+        def each_of(parts, rows=1):
+            columns = {name: each(part, rows) for name, part in parts.items()}
+            return [{name: column[number] for name, column in columns.items()} for number in range(count)]
+
+        indices, cosines, sines = each_of(self.index, rows), each_of(self.cos), each_of(self.sin)
+        masks = each_of({name: part[..., :near] for name, part in self.mask.items()})
         slots = [None] * count if self.slot is None else each(self.slot, rows)
-        masks = {name: each(part[..., :near]) for name, part in self.mask.items()}
         outputs, predictors = each(self.output, rows), each(self.predictor, rows)
-        begins = torch.ones(rows, 1, dtype=torch.bool, device=self.cos.device)
-        steps = []
-        for number, (cos, sin) in enumerate(zip(each(self.cos), each(self.sin), strict=True)):
-            own = {name: part[number] for name, part in index.items()}
-            mask = {name: part[number] for name, part in masks.items()}
-            boundary = None if number else begins
-            steps.append(Step(own, slots[number], outputs[number], mask, cos, sin, predictors[number], boundary, near))
-        return steps
+        boundaries = [torch.ones(rows, 1, dtype=torch.bool, device=device), *[None] * (count - 1)]
+        parts = indices, slots, outputs, masks, cosines, sines, predictors, boundaries
+        return [Step(*part, near) for part in zip(*parts, strict=True)]
 
 
 class Call:
@@ -315,9 +315,9 @@ def step_plan(config) -> SimpleNamespace:
     )
     plan = SimpleNamespace(**{name: getattr(config, name) for name in names.split()})
     plan.softmax_scale = score_scale(config)
-    kinds = sorted(set(config.layers_block_type) & {"sliding_attention", "bmojo"})
+    kinds = sorted(set(config.layers_block_type) & {"sliding_attention", *BMOJO_TYPES})
     # layers that rotate a single token by `Call.cos`, not by `Step.cos`
-    plan.turns_alone = config.mamba_use_pos_emb or not set(config.layers_block_type) <= {"bmojo", *SSM_TYPES}
+    plan.turns_alone = config.mamba_use_pos_emb or not set(config.layers_block_type) <= {*BMOJO_TYPES, *SSM_TYPES}
     plan.slots = {layer_type: memory_slots(config, layer_type) for layer_type in kinds}
     return plan
 
@@ -328,7 +328,7 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
     config is a `step_plan`, `like` gives dtype and device, table and scaling are those of `Call`.
     """
     dtype, device = at_least_float32(like), past.device
-    position, rows = past[:, None], len(past)
+    position = past[:, None]
     index, slot, mask = {}, None, {}
     for layer_type, slots in config.slots.items():
         written, visible = [], []
@@ -342,24 +342,15 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
             begun = position - position % config.eidetic_chunk_size - config.sliding_window + 1
             visible.append(torch.arange(config.eidetic_size, 0, -1, device=device) <= begun)
         written = torch.cat(written, 1)
-        slot = written[:, :1] if layer_type == "bmojo" else slot
+        slot = written[:, :1] if "eidetic" in slots else slot
         index[layer_type] = written[:, None, :, None].expand(-1, config.num_key_value_heads, -1, config.head_dim)
         unseen = torch.zeros(1, dtype=dtype, device=device).masked_fill(~torch.cat(visible, 1), -torch.inf)
         mask[layer_type] = unseen[:, None]
 
-    queries, keys = config.num_attention_heads, config.num_key_value_heads * (2 if config.fading_span else 1)
-    at = [position.expand(rows, queries), position.expand(rows, keys)]
-    if config.eidetic_size:
-        at.insert(1, torch.full_like(at[0], 2 * config.sliding_window))
-    if config.fading_query:
-        at.insert(-1, at[0])
-    cos, sin = table(torch.cat(at, 1)[:, None])
-    rotated = sin.shape[-1]
-    factor = torch.ones(cos.shape[2], 1 if scaling == 1 else cos.shape[-1], dtype=dtype, device=device)
-    factor[: cos.shape[2] - keys] = config.softmax_scale
-    if config.eidetic_size and config.eidetic_position == "constant":
-        factor[queries : 2 * queries, :rotated] *= scaling  # as `eidetic_key`
-    cos, sin = cos * factor, sin * factor[:, :rotated]
+    cos, sin = {}, {}
+    for layer_type in config.slots.keys() & set(BMOJO_TYPES):
+        remembers = "eidetic" in config.slots[layer_type]
+        cos[layer_type], sin[layer_type] = _turns(config, position, dtype, table, scaling, remembers)
 
     size = config.innovation_kernel
     ages = (position - 1 - torch.arange(size, device=device)) % size + 1  # of the outputs in the ring
@@ -368,3 +359,21 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
     predictor = (weights / torch.where(total > 0, total, 1))[:, None]
     output = (position % size)[..., None].expand(-1, -1, config.hidden_size)
     return Step(index, slot, output, mask, cos, sin, predictor, None)
+
+
+def _turns(config, position, dtype, table: Callable, scaling: float, remembers: bool):
+    """`Step.cos` and `Step.sin` for rows at `position` (rows, 1), in layers with or without eidetic memory."""
+    rows, device = len(position), position.device
+    queries, keys = config.num_attention_heads, config.num_key_value_heads * (2 if config.fading_span else 1)
+    at = [position.expand(rows, queries), position.expand(rows, keys)]
+    if remembers:
+        at.insert(1, torch.full_like(at[0], 2 * config.sliding_window))
+    if config.fading_query:
+        at.insert(-1, at[0])
+    cos, sin = table(torch.cat(at, 1)[:, None])
+    rotated = sin.shape[-1]
+    factor = torch.ones(cos.shape[2], 1 if scaling == 1 else cos.shape[-1], dtype=dtype, device=device)
+    factor[: cos.shape[2] - keys] = config.softmax_scale
+    if remembers and config.eidetic_position == "constant":
+        factor[queries : 2 * queries, :rotated] *= scaling  # as `eidetic_key`
+    return cos * factor, sin * factor[:, :rotated]

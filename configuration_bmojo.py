@@ -27,7 +27,8 @@ AUTO_MAP = {
 }
 DELTA_TYPES = ("gated_deltanet", "gated_kalmanet")  # the SSMs whose heads are those of attention
 SSM_TYPES = ("mamba", "mamba2", *DELTA_TYPES)
-LAYER_TYPES = ("bmojo", *SSM_TYPES, "sliding_attention", "full_attention", "hybrid")
+BMOJO_TYPES = ("bmojo", "bmojo_f")
+LAYER_TYPES = (*BMOJO_TYPES, *SSM_TYPES, "sliding_attention", "full_attention", "hybrid")
 POSITION_EMBEDDING_TYPES = ("rope", "nope")
 MIXER_NORMS = (None, "learned", "weightless")
 EIDETIC_POSITIONS = ("constant", "rank")
@@ -44,9 +45,10 @@ class BMojoConfig(PreTrainedConfig):
     Fields that transformers already names mean here what they mean there. The others:
 
     Args:
-        layers_block_type (`list[str]`, *optional*): the mixer of every layer, one of `"bmojo"`, `"mamba"`, `"mamba2"`,
-            `"gated_deltanet"`, `"gated_kalmanet"`, `"sliding_attention"`, `"full_attention"`, `"hybrid"`. All
-            `"bmojo"` where None. A `"hybrid"` layer is that of Falcon-H1: full attention and the SSM of `ssm_type` read the same
+        layers_block_type (`list[str]`, *optional*): the mixer of every layer, one of `"bmojo"`, `"bmojo_f"`, `"mamba"`,
+            `"mamba2"`, `"gated_deltanet"`, `"gated_kalmanet"`, `"sliding_attention"`, `"full_attention"`, `"hybrid"`. All
+            `"bmojo"` where None. A `"bmojo_f"` layer is one without eidetic memory, whatever `eidetic_size` says (the paper's
+            B'MOJO-F), with the same weights but a learnable predictor's. A `"hybrid"` layer is that of Falcon-H1: full attention and the SSM of `ssm_type` read the same
             input, and their outputs are added.
         intermediate_size (`int`, *optional*): width of the SwiGLU MLP; None for layers without MLP, as in Mamba.
         initializer_range (`float`, *optional*): standard deviation of embeddings and projections; where None
@@ -112,7 +114,7 @@ class BMojoConfig(PreTrainedConfig):
         use_alpha_connection, use_beta_gate, use_forgetting_gate, use_forgetting_gate_kk, gla_rescale (`bool`): GKA: a learned
             mixture of query and solution, not the solution; keys and values scaled by a gate; decay of the memory and of the
             covariance (the latter needs the former); outputs times head_dim ** -0.5.
-        eidetic_size (`int`): M, how many past tokens the long-term eidetic memory holds. 0 is B'MOJO-F.
+        eidetic_size (`int`): M, how many past tokens the long-term eidetic memory of a `"bmojo"` layer holds. 0 is B'MOJO-F.
         eidetic_chunk_size (`int`): c, the memory changes every c tokens.
         eidetic_position (`str`): at what distance a query sees the memory: `"constant"`, all at 2w, or `"rank"`, the r-th
             newest at 2w + r.
@@ -282,6 +284,11 @@ class BMojoConfig(PreTrainedConfig):
         return not set(self.layers_block_type) <= set(SSM_TYPES)
 
     @property
+    def has_bmojo(self) -> bool:
+        """Whether any layer is one of B'MOJO, with or without eidetic memory."""
+        return not set(self.layers_block_type).isdisjoint(BMOJO_TYPES)
+
+    @property
     def has_heads(self) -> bool:
         """Whether any layer has the heads of attention; where none has, num_attention_heads and head_dim mean nothing."""
         return self.has_attention or bool(self.ssm_types & set(DELTA_TYPES))
@@ -289,7 +296,7 @@ class BMojoConfig(PreTrainedConfig):
     @property
     def ssm_types(self) -> set[str]:
         """The kinds of SSM in the model's layers: a subset of SSM_TYPES."""
-        mixed = ("bmojo", "hybrid")
+        mixed = (*BMOJO_TYPES, "hybrid")
         return {self.ssm_type if kind in mixed else kind for kind in self.layers_block_type} & set(SSM_TYPES)
 
     @property
@@ -447,10 +454,10 @@ class BMojoConfig(PreTrainedConfig):
             raise ValueError(f"mlp_multipliers is {self.mlp_multipliers}, but no layer has an MLP; it must be None.")
         if self.softmax_scale is not None and not 0 < self.softmax_scale < math.inf:
             raise ValueError(f"softmax_scale is {self.softmax_scale}; it must be None, or positive and finite.")
-        if self.attention_conv_kernel < 0 or (self.attention_conv_kernel and "bmojo" in self.layers_block_type):
+        if self.attention_conv_kernel < 0 or (self.attention_conv_kernel and self.has_bmojo):
             raise ValueError(
                 f"attention_conv_kernel is {self.attention_conv_kernel}; it must be 0 (none) or more, and 0 where a layer is "
-                "'bmojo': fading tokens share the projections, and would have no convolution of their own."
+                "'bmojo' or 'bmojo_f': fading tokens share the projections, and would have no convolution of their own."
             )
         if self.unpadded_vocab_size is not None and not 1 <= self.unpadded_vocab_size <= self.vocab_size:
             raise ValueError(
@@ -470,19 +477,20 @@ class BMojoConfig(PreTrainedConfig):
             )
         if self.kv_learnable_residual and self.kv_proj_rank is None:
             raise ValueError("kv_learnable_residual=True needs a kv_proj_rank; it is None.")
-        if "bmojo" not in self.layers_block_type:
+        if not self.has_bmojo:
             return
+        remembers = bool(self.eidetic_size) and "bmojo" in self.layers_block_type
         looks = self.innovation_predictor in LEARNED_CHOICES and self.innovation_signal == "ssm_output"
-        if self.eidetic_size and not self.fading_span and looks:
+        if remembers and not self.fading_span and looks:
             raise ValueError(
                 f"innovation_predictor {self.innovation_predictor!r} with fading_span=False: the choice of tokens passes "
                 "no gradient, so the SSM would stay untrained and its innovations random. Set fading_span=True, "
                 f"innovation_signal='layer_input', one of the controls {', '.join(map(repr, CONTROL_CHOICES))}, or "
                 "eidetic_size=0."
             )
-        if not self.eidetic_size and not self.fading_span:
+        if not self.fading_span and (not self.eidetic_size or "bmojo_f" in self.layers_block_type):
             raise ValueError(
-                "fading_span=False and eidetic_size=0 leave a bmojo layer only its window; use 'sliding_attention' in "
+                "fading_span=False leaves a layer 'bmojo_f', or 'bmojo' with eidetic_size=0, only its window; use 'sliding_attention' in "
                 "layers_block_type."
             )
 

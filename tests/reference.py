@@ -85,6 +85,8 @@ def mix(
     if layer_type == "bmojo":
         out, innovations, memory, prediction_loss = bmojo_mixer(config, layer_idx, weights, u, random_scores)
         result.innovation_loss = result.innovation_loss + prediction_loss
+    elif layer_type == "bmojo_f":
+        out = bmojo_mixer(config, layer_idx, weights, u, random_scores, remembers=False)[0]
     elif layer_type == "full_attention":
         out = attention_mixer(config, weights, u, window=len(u))
     elif layer_type == "sliding_attention":
@@ -210,8 +212,8 @@ def attention_mixer(config, weights: Weights, u: Tensor, window: int) -> Tensor:
     return linear(weights, "o_proj", torch.stack(out))
 
 
-def bmojo_mixer(config, layer_idx: int, weights: Weights, u: Tensor, random_scores):
-    """Fading, innovation, selection, and one softmax over three spans.
+def bmojo_mixer(config, layer_idx: int, weights: Weights, u: Tensor, random_scores, remembers: bool = True):
+    """Fading, innovation, selection, and one softmax over three spans; two where it does not remember.
 
     Returns:
         The output (T, hidden_size), the innovations, the memory of every t, and the prediction loss.
@@ -219,7 +221,9 @@ def bmojo_mixer(config, layer_idx: int, weights: Weights, u: Tensor, random_scor
     w = config.sliding_window
     y = ssm(config, config.ssm_type, under(weights, "fading."), u)
     signal = {"ssm_output": y, "layer_input": u}[config.innovation_signal]
-    innovations, prediction_loss = innovations_of(config, layer_idx, weights, signal, random_scores)
+    innovations, prediction_loss = None, None
+    if remembers:
+        innovations, prediction_loss = innovations_of(config, layer_idx, weights, signal, random_scores)
 
     query = queries_of(config, weights, u)
     fading_query = queries_of(config, weights, u, "fading_") if config.fading_query else query
@@ -228,7 +232,7 @@ def bmojo_mixer(config, layer_idx: int, weights: Weights, u: Tensor, random_scor
 
     out, memory = [], []
     for t in range(len(u)):
-        chosen = select(config, t // config.eidetic_chunk_size, innovations)
+        chosen = select(config, t // config.eidetic_chunk_size, innovations) if remembers else []
         q, fading_q = query[t], fading_query[t]
         in_window = [(q, key[j], value[j], j) for j in range(t + 1) if t - w < j <= t]
         fading = [(fading_q, fading_key[j], fading_value[j], j) for j in range(t + 1) if t - 2 * w < j <= t - w]

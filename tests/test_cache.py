@@ -50,6 +50,7 @@ SIZES = {  # every layer type, and every choice that adds or drops a tensor
     "sliding_attention": ONE_LAYER | {"layers_block_type": ["sliding_attention"]},
     "full_attention": ONE_LAYER | {"layers_block_type": ["full_attention"]},
     "hybrid": ONE_LAYER | {"layers_block_type": ["hybrid"], "ssm_type": "mamba"},
+    "bmojo_f": ONE_LAYER | {"layers_block_type": ["bmojo_f"]},
     "convolved": CONVOLVED,
     "mixed": MIXED,
 }
@@ -59,6 +60,7 @@ STREAMED = {  # what rows, rollback and storage are tried on
     "wide-chunks": {"eidetic_chunk_size": 7, "sliding_window": 4, "innovation_predictor": "learnable"},
     "layer-input": {"innovation_signal": "layer_input"},
     "half-life": {"innovation_half_life": 12.0},
+    "with-and-without-memory": {"layers_block_type": ["bmojo_f", "bmojo"]},
     "convolved": CONVOLVED,
     "mixed": MIXED,
     "state-expansion": {
@@ -157,12 +159,13 @@ def bytes_by_formula(config, rows: int, dtype: torch.dtype, columns: int) -> int
     sizes["bmojo"] = sizes[config.ssm_type]
     if config.fading_span:
         sizes["bmojo"] += 2 * kv * s * 2 * w
+    sizes["bmojo_f"] = sizes["bmojo"] + 2 * kv * s * w
     if memory:
         sizes["bmojo"] += (2 * kv * s + wide) * (w + c) + memory * (2 * kv * s + wide + 8)
         if config.innovation_predictor in ("average", "exponential", "learnable"):
             sizes["bmojo"] += config.innovation_kernel * config.hidden_size * s
     else:
-        sizes["bmojo"] += 2 * kv * s * w
+        sizes["bmojo"] = sizes["bmojo_f"]
     return rows * (8 + sum(sizes[layer_type] for layer_type in config.layers_block_type))
 
 

@@ -354,7 +354,10 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     ({"pad_token_id": 97}, "pad_token_id is 97; ids run from 0 to vocab_size - 1"),
     ({"bos_token_id": -1}, "bos_token_id is -1; ids run from 0"),
     ({"layers_block_type": ["bmojo"]}, "layers_block_type names 1 layers, num_hidden_layers is 2"),
-    ({"layers_block_type": ["bmojo", "rwkv"]}, "layers_block_type has 'rwkv'; allowed are 'bmojo', 'mamba', 'mamba2'"),
+    (
+        {"layers_block_type": ["bmojo", "rwkv"]},
+        "layers_block_type has 'rwkv'; allowed are 'bmojo', 'bmojo_f', 'mamba', 'mamba2'",
+    ),
     ({"ssm_type": "s4"}, "ssm_type has 's4'; allowed are 'mamba', 'mamba2'"),
     ({"eidetic_position": "last"}, "eidetic_position has 'last'; allowed are 'constant', 'rank'"),
     ({"innovation_signal": "output"}, "innovation_signal has 'output'; allowed are 'ssm_output', 'layer_input'"),
@@ -426,8 +429,15 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
         "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
     ),
     ({"fading_span": False}, "innovation_predictor 'average' with fading_span=False: .* Set fading_span=True"),
+    (
+        {"fading_span": False, "innovation_predictor": "recent", "layers_block_type": ["bmojo", "bmojo_f"]},
+        "fading_span=False leaves a layer 'bmojo_f', or 'bmojo' with eidetic_size=0, only its window; use 'sliding_att",
+    ),
     ({"fading_span": False, "innovation_predictor": "learnable"}, "innovation_predictor 'learnable' with fading_span"),
-    ({"fading_span": False, "eidetic_size": 0}, "leave a bmojo layer only its window; use 'sliding_attention'"),
+    (
+        {"fading_span": False, "eidetic_size": 0},
+        "fading_span=False leaves .* 'bmojo' with eidetic_size=0, only its window; use",
+    ),
 ]
 WRONG_TYPE = [
     *(("sliding_window", value) for value in (5.0, "5", None)),

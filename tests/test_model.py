@@ -71,6 +71,11 @@ VARIANTS = {
         "layers_block_type": ["full_attention", "sliding_attention", "hybrid"], "num_hidden_layers": 3,
         "attention_conv_kernel": 4, "rope_interleave": True, "attention_out_bias": True,
     },
+    "with_and_without_memory": {"layers_block_type": ["bmojo_f", "bmojo"]},
+    "with_and_without_memory_untied": {
+        "layers_block_type": ["bmojo", "bmojo_f"], "tie_attn_weights": False, "fading_query": True, "use_qk_norm": True,
+        "innovation_predictor": "learnable", "eidetic_position": "rank", "rope_parameters": PARTIAL, "head_dim": 10,
+    },
     "hybrid": FALCON_H1,
     "hybrid_kalmanet": {"layers_block_type": ["hybrid"] * 2, "ssm_type": "gated_kalmanet", "ssm_out_multiplier": 0.7},
     "hybrid_mamba": {"layers_block_type": ["hybrid", "bmojo"], "ssm_type": "mamba", "projectors_bias": True},
@@ -117,7 +122,7 @@ VARIANTS = {
     "falcon_mamba": {"ssm_type": "mamba", "mixer_norm": "weightless", "mixer_rms_eps": 1e-2, "intermediate_size": None},
 }  # fmt: skip
 SOME = ["every_layer", "rank_mamba_untied", "learnable", "chunk_above_window", "no_memory", "random"]
-SOME += ["delta_layers", "fading_query_norms"]
+SOME += ["delta_layers", "fading_query_norms", "with_and_without_memory"]
 SOME_SSM = ["state_expansion", "mamba2_options", "jamba"]
 SOME_ATTENTION = ["partial_rank", "attention_conv", "hybrid"]
 FEW = SOME[:2]
@@ -251,6 +256,21 @@ def test_reference_tells_variants_apart(make):
         model = make(variant)
         with torch.no_grad():
             assert rel_error(model(ids[None]).logits[0], reference(other, ids).logits) > 1e-3, variant
+
+
+@torch.no_grad()
+def test_bmojo_f_layers_are_bmojo_layers_without_memory(tiny_model):
+    """The same weights and answers, bit for bit, read at once and token by token."""
+    ids, found = tokens(2, 40), []
+    models = tiny_model(eidetic_size=0), tiny_model(layers_block_type=["bmojo_f"] * 2)
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        cache = BMojoCache(model.config)
+        steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(40)]
+        found.append((model(ids, use_cache=False).logits, torch.cat(steps, 1), cache.num_bytes()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2]
 
 
 def test_whole_memory_in_window_is_full_attention(make):
