@@ -278,6 +278,13 @@ class BMojoConfig(PreTrainedConfig):
             self.initializer_range = max(1, self.hidden_size) ** -0.5
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, whose `kwargs` are set after the checks: checked again."""
+        found = super().from_dict(config_dict, **kwargs)
+        (found[0] if isinstance(found, tuple) else found).validate()
+        return found
+
     @property
     def has_attention(self) -> bool:
         """Whether any layer attends."""

@@ -169,6 +169,7 @@ class BMojoPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config, *args, **kwargs):
+        config.validate()  # again: its fields may have been set since it was made
         super().__init__(config, *args, **kwargs)
         attach(config)
 
@@ -321,8 +322,8 @@ class BMojoModel(BMojoPreTrainedModel):
         if not torch.compiler.is_compiling() and input_ids.numel() and input_ids.device.type != "meta":
             ids = input_ids.flatten().tolist() if input_ids.numel() <= 16 else input_ids.aminmax()
             low, high = int(min(ids)), int(max(ids))
-            size = self.embed_tokens.num_embeddings
-            if low < 0 or high >= size:
+            size = getattr(self.embed_tokens, "num_embeddings", None)  # a module around it (PEFT's) looks after itself
+            if size is not None and (low < 0 or high >= size):
                 raise ValueError(
                     f"input_ids run from {low} to {high}; the vocabulary has ids 0 to {size - 1}. Is the tokenizer the model's?"
                 )
@@ -677,12 +678,29 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             kwargs[CACHE_NAME] = given
         return super().generate(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
-        """As in transformers, and the cache under both names: PEFT 0.21, which looks for it, knows the old one only."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        """As in transformers, and the cache under both names: PEFT 0.21, which looks for it, knows the old one only.
+
+        Raises:
+            ValueError: the columns of the attention mask are not those of the filled cache and the input together.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        for name in ("tokenizer", "assistant_tokenizer"):  # for stop strings and token healing, not for the model
+            inputs.pop(name, None)
         if CACHE_NAME in inputs:
             inputs["cache"] = inputs["past_key_values"] = inputs[CACHE_NAME]
+            # where it is PEFT's, no mask has its virtual tokens yet
+            if is_first_iteration and "prepare_inputs_for_generation" not in vars(self):
+                _fit_to_cache(inputs)
         return inputs
+
+    def generate_batch(self, *args, **kwargs):
+        raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
@@ -709,6 +727,36 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
         """The 2-D mask as it is: B'MOJO makes the others itself, also where generate() compiles."""
         return attention_mask
+
+
+_NO_CONTINUOUS_BATCHING = (
+    "Continuous batching (generate_batch, cache_implementation='paged') is not supported: it pages keys and values, and "
+    "B'MOJO's cache is of fixed size. Pass a padded batch to generate()."
+)
+
+
+def _fit_to_cache(inputs: dict) -> None:
+    """Leave of what generate() would read the columns that the cache does not hold.
+
+    transformers hands over all of them in the first step of assisted decoding from a filled cache, and where it holds all.
+    """
+    cache, mask, positions = inputs["cache"], inputs.get("attention_mask"), inputs.get("position_ids")
+    if not isinstance(cache, BMojoCache) or not cache.seen_tokens or (mask is None and positions is None):
+        return
+    name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
+    # a mask of ones alone has been dropped, and then tokens stand at their columns
+    given, columns = inputs[name].shape[1], int(positions.max()) + 1 if mask is None else mask.shape[-1]
+    new = columns - cache.seen_tokens
+    if new < 1 or given < new:
+        raise ValueError(
+            f"The cache holds {cache.seen_tokens} tokens of each row, of {columns} in all (so many has attention_mask, or what was "
+            "passed to generate() without one): no token is left to read, or one is missing. To go on from a cache pass all "
+            "tokens, more than it holds; or the new ones alone with an attention_mask for old and new ones together."
+        )
+    if given > new:
+        inputs[name] = inputs[name][:, -new:]
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"][..., -new:]
 
 
 def _share_of_batch(labels, num_items_in_batch=None, shift_labels=None):

@@ -33,6 +33,8 @@ def read_text(path: Path) -> str:
 
 def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a folder or the Hub, onto the GPU where there is one."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise SystemExit(f"There is no folder {name}: name a model's folder, or its id on the Hub.")
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise SystemExit(f"The folder {name} holds no config.json, so no model: name another with --model.")
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=getattr(torch, dtype))
@@ -46,13 +48,16 @@ CHOICES = {  # of what a trained model's memory holds: fields of its config
     "none": {"eidetic_size": 0},
 }
 OTHER_CHOICES = (
-    "ssm_output, layer_input (the signal whose innovation chooses), half-life=TOKENS, half-life=none, size=PLACES; "
-    "or several with + between them"
+    "ssm_output, layer_input (the signal whose innovation chooses), half-life=TOKENS, half-life=none, size=PLACES, "
+    "layers=2,3 (those with a memory), layers=all; or several with + between them"
 )
 
 
 def memory_fields(choice: str) -> dict:
-    """Fields of a config that say what fills the memory, for a name of `CHOICES` or of `OTHER_CHOICES`."""
+    """Fields of a config that say what fills the memory, for a name of `CHOICES` or of `OTHER_CHOICES`.
+
+    "layers" stands for a field that depends on the model: numbers of the layers that have a memory, or None for all.
+    """
     first, _, others = choice.partition("+")
     if others:
         return memory_fields(first) | memory_fields(others)
@@ -65,6 +70,8 @@ def memory_fields(choice: str) -> dict:
         return {"innovation_half_life": None if value == "none" else int(value)}
     if name == "size" and value.isdecimal():
         return {"eidetic_size": int(value)}
+    if name == "layers" and (value == "all" or all(number.isdecimal() for number in value.split(","))):
+        return {"layers": None if value == "all" else {int(number) for number in value.split(",")}}
     raise argparse.ArgumentTypeError(f"{choice!r} is none of {', '.join(CHOICES)}, {OTHER_CHOICES}")
 
 
@@ -82,7 +89,18 @@ def add_choices(parser: argparse.ArgumentParser, what: str):
 
 def change_memory(model: PreTrainedModel, choice: str) -> PreTrainedModel:
     """A copy of the model, ready to read, its memory filled by another choice (`memory_fields`); the weights are the same."""
-    config = type(model.config).from_dict(model.config.to_dict() | memory_fields(choice))
+    fields = dict(memory_fields(choice))
+    if "layers" in fields:
+        numbers, kinds = fields.pop("layers"), list(model.config.layers_block_type)
+        if numbers and max(numbers) >= len(kinds):
+            raise SystemExit(
+                f"The choice {choice!r} names layer {max(numbers)}; the layers are 0 to {len(kinds) - 1}."
+            )
+        for number, kind in enumerate(kinds):
+            if kind in ("bmojo", "bmojo_f"):
+                kinds[number] = "bmojo" if numbers is None or number in numbers else "bmojo_f"
+        fields["layers_block_type"] = kinds
+    config = type(model.config).from_dict(model.config.to_dict() | fields)
     changed = type(model)(config)
     known = changed.state_dict().keys()
     changed.load_state_dict({key: weight for key, weight in model.state_dict().items() if key in known})

@@ -103,6 +103,10 @@ def main():
         parser.error("give a prompt or --prompt-file, one of them.")
     if args.prompt_file and not Path(args.prompt_file).is_file():
         parser.error(f"there is no file {args.prompt_file}.")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
+    if args.temperature <= 0:
+        parser.error(f"--temperature is {args.temperature}; it must be above 0 (--greedy takes the likeliest token).")
     prompt = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
 
     model, tokenizer = load_model(args.model)

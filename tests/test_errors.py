@@ -565,3 +565,28 @@ def test_saved_weights_load_with_another_class_of_configuration(tiny_config, tmp
     assert type(loaded.config) is BMojoConfig
     ids = torch.arange(3, 23)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ({"innovation_half_life": -5.0}, "innovation_half_life is -5.0; it must be None"),
+        ({"innovation_signal": "foo"}, "innovation_signal has 'foo'; allowed are 'ssm_output', 'layer_input'"),
+        ({"eidetic_size": 0, "fading_span": False}, "fading_span=False leaves a layer"),
+        ({"sliding_window": 0}, "sliding_window is 0; it must be at least 1"),
+        ({"num_hidden_layers": 1}, "layers_block_type names 2 layers, num_hidden_layers is 1; they must agree"),
+    ],
+    ids=str,
+)
+def test_impossible_overrides_at_load(tiny_model, tmp_path, override, text):
+    """They are set when the config has been checked; so does who writes to a config before building a model."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassClassValidationError, match=text):
+        type(model).from_pretrained(tmp_path, **override)
+    with pytest.raises(StrictDataclassClassValidationError, match=text):
+        type(model.config).from_pretrained(tmp_path, **override)
+    for name, value in override.items():
+        setattr(model.config, name, value)
+    with pytest.raises(StrictDataclassClassValidationError, match=text):
+        type(model)(model.config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -588,3 +588,48 @@ def test_what_else_is_asked_for_is_made_for_all_tokens(tiny_model, monkeypatch):
         model.train()
         model(ids, logits_to_keep=1).logits.sum().backward()
     assert model.model.layers[-1].mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_filled_cache_is_gone_on_from_or_refused(tiny_model, rows):
+    """All tokens, or the new ones with a mask for all: as without cache. Where nothing is left to read, or tokens are missing: an error."""
+    model, ids = tiny_model(**EXACT), random_ids(rows, 19)
+    settings = {"max_new_tokens": 9, "do_sample": False}
+    want = model.generate(ids, **settings)
+
+    def filled():
+        return {CACHE_NAME: model(ids[:, :15], use_cache=True).cache}
+
+    assert torch.equal(model.generate(ids, **filled(), **settings), want)
+    mask = torch.ones_like(ids)
+    assert torch.equal(model.generate(ids[:, 15:], attention_mask=mask, **filled(), **settings), want[:, 15:])
+    if rows == 1:  # assisted decoding hands over all tokens in its first step
+        assert torch.equal(model.generate(ids, **filled(), prompt_lookup_num_tokens=3, **settings), want)
+    for wrong in (ids[:, :15], ids[:, :7], ids[:, 15:18]):
+        with pytest.raises(
+            ValueError, match=r"The cache holds 15 tokens of each row, of .* pass all tokens, more than it"
+        ):
+            model.generate(wrong, **filled(), **settings)
+
+
+def test_generate_takes_a_tokenizer_for_stop_strings(tiny_model):
+    """For the tokenizer is handed on to the model's forward, which has no use for it."""
+    tokenizer = AutoTokenizer.from_pretrained(str(ROOT), trust_remote_code=True)
+    model = tiny_model(vocab_size=len(tokenizer), **EXACT)
+    ids = random_ids(1, 8)
+    want = model.generate(ids, max_new_tokens=12, do_sample=False)
+    stop = tokenizer.decode(want[0, 10:11])
+    got = model.generate(ids, max_new_tokens=12, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert torch.equal(got, want[:, : got.shape[1]])
+    assert got.shape[1] <= 11
+
+
+def test_continuous_batching_is_refused(tiny_model):
+    model = tiny_model()
+    for run in (
+        lambda: model.generate(random_ids(1, 5), max_new_tokens=3, cache_implementation="paged"),
+        lambda: model.generate_batch([[3, 4, 5]]),
+        lambda: model.init_continuous_batching(),
+    ):
+        with pytest.raises(NotImplementedError, match=r"Continuous batching .* Pass a padded batch to generate\(\)"):
+            run()

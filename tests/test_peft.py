@@ -250,3 +250,22 @@ def test_target_modules_must_be_named(tiny_model):
     """PEFT knows defaults for its own list of model types only; the README's "all-linear" is the answer."""
     with pytest.raises(ValueError, match="target_modules"):
         adapted(tiny_model())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=lambda config: "-".join(config),
+)
+def test_embeddings_in_an_adapter(tiny_model, ids, config):
+    """PEFT puts modules of its own in the place of the embeddings."""
+    model = tiny_model()
+    plain = logits(model, ids)
+    model = adapted(model, **config)
+    torch.testing.assert_close(logits(model, ids), plain, rtol=0, atol=1e-5)
+    losses = train(model, ids)
+    assert losses[-1] < losses[0]

@@ -111,6 +111,14 @@ def test_a_run_counts_every_token_once(folder, monkeypatch, capsys):
         wide = recall_names.held_tokens(recall_names.change_memory(lasting, "half-life=1+size=6"), long)[0]
         assert wide[-4:] == recall_names.held_tokens(forgetful, long)[0]
         assert len(wide) == 6
+        lasting.config.layers_block_type = ["bmojo_f"]
+        nowhere = recall_names.change_memory(lasting, "innovation")
+        assert recall_names.held_tokens(nowhere, long) == []
+        for choice in ("layers=0", "layers=all"):
+            again = recall_names.change_memory(nowhere, choice)
+            assert recall_names.held_tokens(again, long) == recall_names.held_tokens(lasting, long)
+    with pytest.raises(SystemExit, match="names layer 9; the layers are 0 to 0"):
+        recall_names.change_memory(lasting, "layers=0,9")
     # against evaluate.py's own reading of the same texts
     model, tokenizer = load_model(title)
     books = recall_names.invented_books([text * 20 for text in BOOKS.values()])

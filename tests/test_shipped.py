@@ -97,8 +97,10 @@ def test_memory_is_full_and_is_used(shipped):
     with torch.no_grad():
         output = model(ids, output_eidetic=True)
         blind = without(ids).logits
-    for positions in output.eidetic_positions:
-        assert (positions[0, -1] >= 0).all()  # 600 tokens fill 64 places
+    for kind, positions in zip(model.config.layers_block_type, output.eidetic_positions, strict=True):
+        assert (positions is None) == (kind == "bmojo_f")
+        assert positions is None or (positions[0, -1] >= 0).all()  # 600 tokens fill 256 places
+    assert "bmojo" in model.config.layers_block_type
     first = -(-model.config.sliding_window // model.config.eidetic_chunk_size) * model.config.eidetic_chunk_size
     difference = (output.logits - blind)[0].abs().amax(-1)
     assert difference[:first].max() < 1e-4
