@@ -537,7 +537,8 @@ def draw(reading: Reading, target: Path, columns: int = 2, width: float = 4.7, s
     page.set(xlim=(0, 72 * columns * width), ylim=(72 * height, 0))
     page.axis("off")
     page.text(26, 34, reading.title, family="DejaVu Serif", fontsize=17, color=INK)
-    legend = "green: in memory at the end, deeper where more layers hold it\norange: surprising      underlined: in the window"
+    deeper = ", deeper where more layers hold it" if len(reading.layers) > 1 else ""
+    legend = f"green: in memory at the end{deeper}\norange: surprising      underlined: in the window"
     edge = 72 * columns * width - 8
     page.text(edge, 34, legend, family="DejaVu Sans", fontsize=size, color=SOFT, ha="right", linespacing=1.5)
     placed = [
