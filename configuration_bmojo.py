@@ -320,6 +320,9 @@ class BMojoConfig(PreTrainedConfig):
         else:
             self.rope_parameters.setdefault("rope_type", "default")
 
+    def validate_output_attentions(self):
+        """Part of validation: nothing, for transformers' advice (another attn_implementation) helps no one here; forward refuses it."""
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every value on its own, then the ones that contradict each other."""
         self._check_ranges()
