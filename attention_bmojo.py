@@ -234,7 +234,7 @@ class BMojoMixer(BMojoWindowAttention):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.memory = config.eidetic_size if self.layer_type == "bmojo" else 0
+        self.memory = config.eidetic_size if "eidetic" in self.slots else 0
         self.chunk = config.eidetic_chunk_size
         self.scores_input = config.innovation_signal == "layer_input"
         self.fades, self.tied = config.fading_span, config.tie_attn_weights
