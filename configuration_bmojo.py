@@ -48,8 +48,8 @@ class BMojoConfig(PreTrainedConfig):
         layers_block_type (`list[str]`, *optional*): the mixer of every layer, one of `"bmojo"`, `"bmojo_f"`, `"mamba"`,
             `"mamba2"`, `"gated_deltanet"`, `"gated_kalmanet"`, `"sliding_attention"`, `"full_attention"`, `"hybrid"`. All
             `"bmojo"` where None. A `"bmojo_f"` layer is one without eidetic memory, whatever `eidetic_size` says (the paper's
-            B'MOJO-F), with the same weights but a learnable predictor's. A `"hybrid"` layer is that of Falcon-H1: full attention and the SSM of `ssm_type` read the same
-            input, and their outputs are added.
+            B'MOJO-F), with the same weights but a learnable predictor's. A `"hybrid"` layer is that of Falcon-H1: full
+            attention and the SSM of `ssm_type` read the same input, and their outputs are added.
         intermediate_size (`int`, *optional*): width of the SwiGLU MLP; None for layers without MLP, as in Mamba.
         initializer_range (`float`, *optional*): standard deviation of embeddings and projections; where None
             `hidden_size ** -0.5`, since the usual 0.02 stalls small models on associative recall.
@@ -500,8 +500,8 @@ class BMojoConfig(PreTrainedConfig):
             )
         if not self.fading_span and (not self.eidetic_size or "bmojo_f" in self.layers_block_type):
             raise ValueError(
-                "fading_span=False leaves a layer 'bmojo_f', or 'bmojo' with eidetic_size=0, only its window; use 'sliding_attention' in "
-                "layers_block_type."
+                "fading_span=False leaves a layer 'bmojo_f', or 'bmojo' with eidetic_size=0, only its "
+                "window; use 'sliding_attention' in layers_block_type."
             )
 
 

@@ -436,13 +436,13 @@ def check_special_case(form: Format, config, same) -> None:
     unread = NEUTRAL.split()
     for names, is_read in (
         (OF_ATTENTION, config.has_attention),
-        ("sliding_window", layers & {"sliding_attention", "bmojo", "bmojo_f"}),
+        ("sliding_window", config.has_bmojo or "sliding_attention" in layers),
         (OF_MLP, config.intermediate_size is not None),
         (OF_SSM, config.ssm_types),
         (OF_EITHER_MAMBA, config.ssm_types & {"mamba", "mamba2"}),
         (OF_MAMBA, "mamba" in config.ssm_types),
         (OF_MAMBA2, "mamba2" in config.ssm_types),
-        ("ssm_type", layers & {"bmojo", "bmojo_f", "hybrid"}),
+        ("ssm_type", config.has_bmojo or "hybrid" in layers),
         (OF_MEMORY, config.has_bmojo),
         (OF_EIDETIC, "bmojo" in layers and config.eidetic_size),
         (OF_DELTA, config.ssm_types & {"gated_deltanet", "gated_kalmanet"}),

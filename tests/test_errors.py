@@ -431,12 +431,12 @@ IMPOSSIBLE = [  # overrides of the tiny configuration, words of the error
     ({"fading_span": False}, "innovation_predictor 'average' with fading_span=False: .* Set fading_span=True"),
     (
         {"fading_span": False, "innovation_predictor": "recent", "layers_block_type": ["bmojo", "bmojo_f"]},
-        "fading_span=False leaves a layer 'bmojo_f', or 'bmojo' with eidetic_size=0, only its window; use 'sliding_att",
+        "fading_span=False leaves a layer 'bmojo_f', or 'bmojo' with eidetic_size=0, only its window; use 'sliding_attention'",
     ),
     ({"fading_span": False, "innovation_predictor": "learnable"}, "innovation_predictor 'learnable' with fading_span"),
     (
         {"fading_span": False, "eidetic_size": 0},
-        "fading_span=False leaves .* 'bmojo' with eidetic_size=0, only its window; use",
+        "fading_span=False leaves a layer 'bmojo_f', or 'bmojo' with eidetic_size=0, only its window; use 'sliding_attention'",
     ),
 ]
 WRONG_TYPE = [
