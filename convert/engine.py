@@ -1,5 +1,6 @@
 """From a source to a folder: recognise it, say what every tensor is read from, write, compare."""
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -402,6 +403,7 @@ def export_tensors(form: Format, config, tensors: dict[str, Stretch]):
     Raises:
         Refusal: the model is no special case of the format; names the field.
     """
+    config = same_without_memory(config)
     fields = form.from_bmojo(config)
     check_special_case(form, config, ours.make_config(form.to_bmojo(fields)))
     shapes, parts, dynamics = form.shapes(fields), {}, set()
@@ -424,6 +426,15 @@ def export_tensors(form: Format, config, tensors: dict[str, Stretch]):
             raise RuntimeError(f"{form.name} fills rows {[part[:2] for part in taken]} of {name}, {shape}.")
         found[name] = Assembled(tuple(shape), [part[2:] for part in taken])
     return fields, found, dynamics
+
+
+def same_without_memory(config):
+    """The configuration with layers 'bmojo_f' as what they equal, 'bmojo' with eidetic_size=0, which formats know."""
+    layers, same = config.layers_block_type, copy.copy(config)
+    if "bmojo_f" in layers:
+        same.eidetic_size = config.eidetic_size if "bmojo" in layers else 0
+        same.layers_block_type = ["bmojo" if kind == "bmojo_f" else kind for kind in layers]
+    return same
 
 
 def check_special_case(form: Format, config, same) -> None:

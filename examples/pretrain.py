@@ -37,6 +37,7 @@ import math
 import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, folder
     target = folder / f"tokens-{key.hexdigest()[:16]}.uint16"
     if target.exists():
         return target
-    unfinished = target.with_suffix(".unfinished")
+    unfinished = target.with_name(f"{target.stem}-{uuid.uuid4().hex[:8]}.unfinished")  # another run may write the same
     with open(unfinished, "wb") as file:
         for number, path in enumerate(files, 1):
             print(f"\rtokenising {number} of {len(files)} files", end="", file=sys.stderr, flush=True)

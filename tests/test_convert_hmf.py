@@ -437,6 +437,7 @@ def test_refusals_name_what_is_in_the_way(config, text):
     [
         ({"ssm_type": "mamba"}, "ssm_type is 'mamba'"),
         ({"eidetic_size": 4}, "eidetic_size is 4; layers of hmf have no eidetic memory"),
+        ({"eidetic_size": 4, "layers_block_type": ["bmojo", "bmojo_f"]}, "eidetic_size is 4; layers of hmf have no"),
         ({"layers_block_type": ["mamba", "bmojo"]}, "layers_block_type has 'mamba' for layer 0"),
         ({"layers_block_type": ["mamba2", "bmojo"], "ssm_type": "gated_deltanet"}, "mix gated_deltanet and mamba2"),
         ({"intermediate_size": None}, "intermediate_size is None"),
@@ -456,11 +457,14 @@ def test_what_is_no_special_case_is_not_exported(tiny_model, tmp_path, changes, 
 
 
 @pytest.mark.parametrize("ssm_type", ["gated_kalmanet", "gated_deltanet"])
-def test_models_made_here_can_be_exported(tiny_model, tmp_path, ssm_type):
-    layers = ["bmojo", "sliding_attention", ssm_type, "full_attention"]
+@pytest.mark.parametrize(
+    ("kinds", "eidetic_size"), [(["bmojo"], 0), (["bmojo_f"], 4), (["bmojo", "bmojo_f"], 0)], ids=str
+)
+def test_models_made_here_can_be_exported(tiny_model, tmp_path, ssm_type, kinds, eidetic_size):
+    layers = [*kinds, "sliding_attention", ssm_type, "full_attention"]
     model = tiny_model(
-        ssm_type=ssm_type, layers_block_type=layers, num_hidden_layers=4, eidetic_size=0, use_qk_norm=True,
-        use_conv_bias=False,
+        ssm_type=ssm_type, layers_block_type=layers, num_hidden_layers=len(layers), eidetic_size=eidetic_size,
+        use_qk_norm=True, use_conv_bias=False,
     )  # fmt: skip
     model.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", export="hmf", progress=False, say=lambda line: None)

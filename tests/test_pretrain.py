@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
@@ -65,6 +66,23 @@ def make_model(**fields) -> torch.nn.Module:
     torch.manual_seed(0)
     config = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT))
     return pretrain.build_model(config(vocab_size=50, **SIZES, **fields))
+
+
+def test_two_runs_can_tokenise_the_same_texts_at_once(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("It was a dark night. " * 40, encoding="utf-8")
+    tokenizer, read = AutoTokenizer.from_pretrained(str(ROOT), trust_remote_code=True), pretrain.read_text
+    made = []
+
+    def read_while_another_run_comes_and_ends(path):
+        monkeypatch.setattr(pretrain, "read_text", read)
+        made.append(pretrain.tokenize_files([path], tokenizer, tmp_path))
+        return read(path)
+
+    monkeypatch.setattr(pretrain, "read_text", read_while_another_run_comes_and_ends)
+    assert pretrain.tokenize_files([tmp_path / "a.txt"], tokenizer, tmp_path) == made[0]
+    ids = np.fromfile(made[0], dtype=np.uint16)
+    assert tokenizer.decode(ids[:-1]) == "It was a dark night. " * 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", made[0].name]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
