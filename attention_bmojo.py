@@ -521,9 +521,15 @@ class BMojoMixer(BMojoWindowAttention):
     def seen(self, positions, memory, call: Call, base):
         """Positions (rows, chunks, eidetic_size) of the memories, without those of chunks that no token of a row is in."""
         found = positions.gather(1, memory.flatten(1).clamp(min=0)).view_as(memory).masked_fill(memory < 0, -1)
+        if call.past is None and call.lengths is None:
+            return found  # every chunk has a token
         used = -(-(call.end() - base) // self.chunk)
         found = found.masked_fill((torch.arange(memory.shape[1], device=memory.device) >= used)[..., None], -1)
-        return found[:, : max(1, int(used.max()))] if not torch.compiler.is_compiling() else found
+        if torch.compiler.is_compiling():
+            return found
+        if call.chunks is None:
+            call.chunks = max(1, int(used.max()))  # asked once a call: a GPU has to answer
+        return found[:, : call.chunks]
 
 
 class BMojoFMixer(BMojoMixer):

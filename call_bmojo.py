@@ -83,6 +83,7 @@ class Call:
         step: of a single token with a cache.
         state_only: nothing asks for what a layer says, only for its new state.
         rings: by size of a ring what `write_ring` needs to know, once it has been worked out.
+        chunks: how many chunks have tokens, once a layer has asked.
     """
 
     def __init__(
@@ -107,11 +108,11 @@ class Call:
         self.in_place, self.any_mode, self.fixed_columns = in_place, any_mode, fixed_columns
         self.phase, self.lead = phase, lead
         self.step, self.state_only = step, state_only
-        self.rings = {}
+        self.rings, self.chunks = {}, None
 
     def fields(self) -> dict:
-        """What it was made of; not the rings, which another call finds for itself."""
-        return {name: value for name, value in vars(self).items() if name != "rings"}
+        """What it was made of; not what was worked out since, which another call finds for itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("rings", "chunks")}
 
     def but(self, **changes) -> "Call":
         """The call with other fields."""

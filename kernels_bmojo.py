@@ -55,7 +55,7 @@ from .ops_bmojo import (
 
 logger = logging.get_logger("transformers.bmojo")  # below "transformers": TRANSFORMERS_VERBOSITY=info shows its lines
 
-_NO_TRITON = "triton is not installed (`pip install triton`)"
+_NO_TRITON = "triton 3.4 or newer is not installed (`pip install -U triton`)"
 MODES = ("auto", "torch", "triton", "definition")
 # files of kernels/ that no GPU has run yet: only BMOJO_KERNELS=triton does
 UNPROVEN = {"attention", "conv", "innovation", "selective", "ssd", "step"}
@@ -224,7 +224,7 @@ def _obstacle(name: str, file: str, device: str, dtype: torch.dtype, mode: str) 
 @functools.cache
 def _has_triton() -> bool:
     try:
-        return find_spec("triton") is not None
+        return find_spec("triton") is not None and find_spec("triton.knobs") is not None  # 3.4 brought knobs
     except (ImportError, ValueError):  # an import hook refuses it, or a stub without a spec stands in for it
         return False
 

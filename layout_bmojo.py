@@ -121,16 +121,20 @@ def read_mask(attention_mask, batch: int, seq_len: int, past_columns: int, past_
     tokens = attention_mask[:, attention_mask.shape[1] - seq_len :].bool()
     if torch.compiler.is_compiling():
         return tokens
-    if not ((attention_mask == 0) | (attention_mask == 1)).all():
-        raise ValueError("attention_mask must hold only 0 (padding) and 1 (token); additive masks are not supported.")
+    questions = [tokens.all(), ((attention_mask == 0) | (attention_mask == 1)).all()]
     if past_lengths is not None and attention_mask.shape[1] > seq_len:
         seen = attention_mask[:, :-seq_len].sum(1) if seq_len else attention_mask.sum(1)
-        if not torch.equal(seen.to(past_lengths), past_lengths):
-            raise ValueError(
-                f"attention_mask counts {seen.tolist()} tokens in the past, the cache has seen {past_lengths.tolist()}. "
-                "Past tokens can't be masked later: pass the mask that they were read with."
-            )
-    return None if bool(tokens.all()) else tokens
+        fits = seen.shape == past_lengths.shape
+        questions.append((seen == past_lengths.to(seen.device)).all() if fits else tokens.new_zeros(()))
+    is_full, is_mask, *agrees = torch.stack(questions).tolist()  # at once: a GPU has to answer
+    if not is_mask:
+        raise ValueError("attention_mask must hold only 0 (padding) and 1 (token); additive masks are not supported.")
+    if not all(agrees):
+        raise ValueError(
+            f"attention_mask counts {seen.tolist()} tokens in the past, the cache has seen {past_lengths.tolist()}. "
+            "Past tokens can't be masked later: pass the mask that they were read with."
+        )
+    return None if is_full else tokens
 
 
 def read_layout(

@@ -320,8 +320,9 @@ class BMojoModel(BMojoPreTrainedModel):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq_len).")
         if not torch.compiler.is_compiling() and input_ids.numel() and input_ids.device.type != "meta":
-            ids = input_ids.flatten().tolist() if input_ids.numel() <= 16 else input_ids.aminmax()
-            low, high = int(min(ids)), int(max(ids))
+            few = input_ids.flatten() if input_ids.numel() <= 16 else torch.stack(input_ids.aminmax())
+            ids = few.tolist()  # the one time that a GPU is asked
+            low, high = min(ids), max(ids)
             size = getattr(self.embed_tokens, "num_embeddings", None)  # a module around it (PEFT's) looks after itself
             if size is not None and (low < 0 or high >= size):
                 raise ValueError(
@@ -422,7 +423,7 @@ class BMojoModel(BMojoPreTrainedModel):
 
     def _rotary_table(self, dtype, positions, inverse=False):
         """`Call.table`, in that dtype."""
-        inv_freq, scaling = rotary_frequencies(self.config)
+        inv_freq, scaling = rotary_frequencies(self.config, positions.device)
         cos, sin = rotary_table(positions, inv_freq, 1 / scaling if inverse else scaling, dtype)
         if cos.shape[-1] < self.plan.head_dim:
             cos = F.pad(cos, (0, self.plan.head_dim - cos.shape[-1]), value=1.0)
@@ -564,18 +565,22 @@ def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, ou
         )
 
 
-@functools.lru_cache(maxsize=8)
-def _default_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=32)
+def _default_frequencies(theta: float, rotary_dim: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # where a first call may be, and a later one not
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim
-        return torch.tensor(theta, dtype=torch.float64, device="cpu") ** -exponents
+        return (torch.tensor(theta, dtype=torch.float64, device="cpu") ** -exponents).to(device)
 
 
-def rotary_frequencies(config) -> tuple[torch.Tensor, float]:
-    """inv_freq (rotary_dim / 2,) and the factor on cos and sin, from the config at use: no buffer that a cast could round."""
+def rotary_frequencies(config, device: torch.device | None = None) -> tuple[torch.Tensor, float]:
+    """inv_freq (rotary_dim / 2,) and the factor on cos and sin, from the config at use: no buffer that a cast could round.
+
+    Those of the default type stay on a GPU that they have been asked for on: a copy at every call would wait for it.
+    """
     parameters, rotary_dim = config.rope_parameters, config.rotary_dim
     if parameters["rope_type"] == "default" or not rotary_dim:
-        return _default_frequencies(float(parameters["rope_theta"]), rotary_dim), 1.0
+        where = device if device is not None and device.type == "cuda" else torch.device("cpu")
+        return _default_frequencies(float(parameters["rope_theta"]), rotary_dim, where), 1.0
     return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
 
 

@@ -619,7 +619,7 @@ _BLOCKS = {
     },
 }
 _KERNELS = ("forward", "query", "keys")
-_ENTRY = {"BLOCK_W": 128, "BLOCK_P": 16, "num_warps": 4}
+_ENTRY = {"BLOCK_W": 128, "BLOCK_P": 16, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @functools.cache
@@ -646,6 +646,7 @@ def settings(kernel: str, head_dim: int, itemsize: int, architecture: str) -> di
         "PRECISION": exact if itemsize == 4 else "ieee",
         "num_warps": num_warps,
         "num_stages": 1 if architecture == "amd" else 2,
+        "enable_fp_fusion": True,
     }
 
 
@@ -915,6 +916,8 @@ def memory_attention(
     scale: float,
 ):
     """See `ops_bmojo.memory_attention`. Computes in the dtype of the values, sums in float32."""
+    if fading_key is None:
+        fading_query = None  # nothing to ask
     tensors = (query, window_key, window_value, fading_key, fading_value, eidetic_query, eidetic_key, eidetic_value)
     return _forward(*tensors, memory, past, fading_query, window, chunk_size, scale)[0]
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from .shared import Launch, namespace, on_device_of
 
 
-_BLOCKS = {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}
+_BLOCKS = {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit

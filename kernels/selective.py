@@ -349,7 +349,7 @@ def _selective_bwd_kernel(
 
 _T = 64  # tokens of a block
 _EVERY = 8  # tokens from one state that the backward pass writes to the next
-_CHAIN = {"BLOCK": 128, "num_warps": 4}
+_CHAIN = {"BLOCK": 128, "num_warps": 4, "enable_fp_fusion": True}
 # (BLOCK_D, STEP, num_warps) of the kernels "forward", "states", "backward", by the largest BLOCK_N
 _BLOCKS = {
     8: ((64, 4, 1), (64, 2, 1), (64, 4, 1)),

@@ -57,7 +57,8 @@ def _steps(dt_ptr, A, HEADS: tl.constexpr, rows, BLOCK_T: tl.constexpr):
     """
     token = tl.arange(0, BLOCK_T)
     dt = tl.load(dt_ptr + token * HEADS, mask=token < rows, other=0.0)
-    log = tl.cumsum(tl.maximum(dt * (A * _LOG2E), -160.0), 0)
+    log = dt * (A * _LOG2E)
+    log = tl.cumsum(tl.where(log < -160.0, -160.0, log), 0)  # tl.maximum would lose NaN
     return dt, log, tl.sum(tl.where(token == BLOCK_T - 1, log, 0.0), 0)
 
 
@@ -450,7 +451,7 @@ _BLOCKS = {
 }
 _CHUNK = 512  # tokens of a chunk
 _BLOCK_H = 8  # heads of a group that add up their gradients of B and C in registers
-_PASS = {"BLOCK": 256, "num_warps": 4}
+_PASS = {"BLOCK": 256, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @functools.cache
@@ -476,6 +477,7 @@ def settings(kernel: str, head_dim: int, state_size: int, itemsize: int, archite
         "PRECISION": "tf32x3" if itemsize == 4 and architecture == "ampere" else "ieee",
         "num_warps": num_warps,
         "num_stages": 2 if ahead else 1,
+        "enable_fp_fusion": True,
     }
 
 

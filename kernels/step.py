@@ -68,6 +68,8 @@ def _scan_step_kernel(
         C = tl.load(C_ptr + row * C_stride + group * N + column, mask=inside, other=0.0).to(tl.float32)
         state = tl.load(state_ptr + begin + place, mask=mask, other=0.0).to(tl.float32)
         state = state * decay + (x * dt)[:, None] * B[None, :]
+        if BLOCK_C * BLOCK_N < 128:  # fewer numbers than threads, which hold copies: all have read before one writes
+            tl.debug_barrier()
         tl.store(new_ptr + begin + place, state.to(new_ptr.dtype.element_ty), mask=mask)
         y += tl.sum(state * C[None, :], 1)
     tl.store(y_ptr + row * (GROUPS * PER_GROUP) + channel, y.to(y_ptr.dtype.element_ty), mask=real)
@@ -89,6 +91,7 @@ def scan_settings(channels: int, groups: int, steps: int, by_state: bool, state_
         "BLOCK_C": min(_NUMBERS // block_n, triton.next_power_of_2(per_group)),
         "BLOCK_N": block_n,
         "num_warps": 4,
+        "enable_fp_fusion": True,
     }
 
 
@@ -190,8 +193,8 @@ def _attend(
     for first in range(start, stop, BLOCK_N):
         slot = first + tl.arange(0, BLOCK_N)
         seen = tl.load(mask_ptr + slot, mask=slot < stop, other=-float("inf")) == 0
-        key = _load(key_ptr, slot, stride, seen, D, BLOCK_D)
-        value = _load(value_ptr, slot, D, seen, D, BLOCK_D)
+        key = _load(key_ptr, slot.to(tl.int64), stride, seen, D, BLOCK_D)
+        value = _load(value_ptr, slot.to(tl.int64), D, seen, D, BLOCK_D)
         mixed, top, total = _mix(query, key, value, seen[None, :], mixed, top, total, _LOG2E, PRECISION)
     return mixed, top, total
 
@@ -350,7 +353,7 @@ def _merge_kernel(
 
 
 _PROGRAMS = 256  # at least so many where there are slots enough: few rows alone would leave most of a GPU idle
-_MERGE = {"BLOCK_S": 16, "num_warps": 4}
+_MERGE = {"BLOCK_S": 16, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def attention_settings(head_dim: int, group: int, itemsize: int, architecture: str) -> dict:
@@ -369,6 +372,7 @@ def attention_settings(head_dim: int, group: int, itemsize: int, architecture: s
         "PRECISION": exact if itemsize == 4 else "ieee",
         "num_warps": 4,
         "num_stages": 1 if architecture == "amd" else 3,
+        "enable_fp_fusion": True,
     }
 
 
@@ -544,7 +548,9 @@ def _move_kernel(
     memory = slots - size
     first = tl.load(past_ptr + row) - ring + 1
     column = tl.arange(0, BLOCK_D)
-    partner = tl.where(column < WIDTH, (column + WIDTH // 2) % WIDTH, column)
+    partner = column
+    if WIDTH > 0:
+        partner = tl.where(column < WIDTH, (column + WIDTH // 2) % WIDTH, column)
     for start in range(0, size, BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
         source = tl.load(index_ptr + row * size + place, mask=place < size, other=0)
@@ -565,13 +571,14 @@ def _move_kernel(
         _store(value_ptr, memory + place, D, moves, value, D, BLOCK_D)
 
 
-_SELECT = {"BLOCK": 64, "num_warps": 4}
+_SELECT = {"BLOCK": 64, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def move_settings(head_dim: int, width: int) -> dict:
     """Constants and options of the move; width: how many entries of a head are rotated."""
     block_d = triton.next_power_of_2(head_dim)
-    return {"D": head_dim, "WIDTH": width, "BLOCK_D": block_d, "BLOCK_N": max(1, 2048 // block_d), "num_warps": 4}
+    sizes = {"D": head_dim, "WIDTH": width, "BLOCK_D": block_d, "BLOCK_N": max(1, 2048 // block_d)}
+    return sizes | {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::update_memory_", mutates_args=("key", "value"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,35 @@ def test_everything_follows_the_input(tiny_model, monkeypatch, overrides):
         for count in (9, 1, 1, 5, 1):
             model.eval()(ids[:, :count], cache=cache, output_eidetic=True)
     assert {tensor.device.type for tensor in cache.tensors().values()} == {"meta"}
+
+
+class Questions(TorchDispatchMode):
+    """Counts the times that a tensor is asked for a number, for which a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("lengths", "allowed"), [((70, 70), 0), ((70, 40), 1), ((60, 40), 1)])
+def test_layers_do_not_wait_for_the_device(tiny_model, monkeypatch, lengths, allowed):
+    monkeypatch.setenv("BMOJO_KERNELS", "definition")  # as on a GPU
+    model = tiny_model(num_hidden_layers=3).train()
+    mask = (torch.arange(70) < torch.tensor(lengths)[:, None]).long()
+    with Questions() as asked:
+        model(torch.randint(3, 50, (2, 70)), attention_mask=mask).logits.sum().backward()
+    assert asked.count <= allowed
+
+
+def test_frequencies_stay_where_a_gpu_asked_for_them(tiny_model, monkeypatch):
+    from bmojo import modeling_bmojo
+
+    monkeypatch.setattr(modeling_bmojo, "_default_frequencies", lambda theta, dim, device: device)
+    config = tiny_model().config
+    for device, where in (("cuda:1", "cuda:1"), ("mps", "cpu"), ("cpu", "cpu"), ("meta", "cpu")):
+        assert modeling_bmojo.rotary_frequencies(config, torch.device(device))[0] == torch.device(where)
 
 
 def test_table_of_rotary_angles_needs_no_float64_on_the_device():

@@ -99,7 +99,17 @@ def test_a_missing_triton_is_said_once_where_it_costs_speed(folder, said, monkey
         write_kernel(folder, name)
         assert make_op(name)(ON_GPU) == "definition"
     [(level, text)] = said
-    assert (level, "pip install triton" in text) == ("WARNING", True)
+    assert (level, "pip install -U triton" in text) == ("WARNING", True)
+
+
+def test_a_triton_without_what_the_kernels_use_is_none(monkeypatch):
+    def find(name):
+        return None if name == "triton.knobs" else object()
+
+    monkeypatch.setattr(kernels_bmojo, "find_spec", find)
+    kernels_bmojo._has_triton.cache_clear()
+    assert not kernels_bmojo._has_triton()
+    kernels_bmojo._has_triton.cache_clear()
 
 
 def test_a_required_kernel_says_what_is_missing(folder, monkeypatch):
@@ -113,7 +123,7 @@ def test_a_required_kernel_says_what_is_missing(folder, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert make_op("required")(ON_CPU) == "kernel"
     monkeypatch.setattr(kernels_bmojo, "_has_triton", lambda: False)
-    with pytest.raises(RuntimeError, match="pip install triton"):
+    with pytest.raises(RuntimeError, match="pip install -U triton"):
         make_op("required")(ON_CPU)
 
 

@@ -164,6 +164,18 @@ def test_an_entry_in_the_memory_of_every_chunk_and_twice_in_each(kernel):
     assert max(errors(kernel, tensors, options).values()) < 2e-6
 
 
+def test_a_query_for_fading_tokens_that_are_not_there(kernel):
+    tensors, options = inputs(own_query=True, fading=False, memory=0)
+    tensors |= {name: x if x is None or not is_float(x) else x.float() for name, x in tensors.items()}
+    grads = {}
+    for function in (kernel, ops_bmojo.memory_attention):
+        query = tensors["query"].clone().requires_grad_()
+        with poisoned():
+            function(**tensors | {"query": query}, **options).square().sum().backward()
+        grads[function] = query.grad
+    assert rel_error(grads[kernel], grads[ops_bmojo.memory_attention]) < 2e-6
+
+
 @pytest.mark.parametrize("chunks", [0, 2, 9])
 def test_memories_of_fewer_or_more_chunks_than_there_are(kernel, chunks):
     tensors, options = inputs()

@@ -241,6 +241,17 @@ def test_no_gradient_arrives(kernel):
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_a_decay_that_is_no_number_is_not_hidden(kernel):
+    tensors = inputs(1, initial=False)
+    tensors["A"][0] = torch.nan
+    got, want = (differentiate(function, tensors, torch.float32) for function in (kernel, ops_bmojo.ssd_scan))
+    assert want["y"].isnan().any()
+    assert not want["y"].isnan().all()
+    for name in ("y", "state", "A"):
+        assert torch.equal(got[name].isnan(), want[name].isnan()), name
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_the_same_bits_every_time(kernel):
     first, second = (differentiate(kernel, inputs(1, per_group=3), torch.float32) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
