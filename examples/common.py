@@ -1,8 +1,9 @@
-"""What the example programs share: finding texts, loading a model, saving a tokenizer."""
+"""What the example programs share: finding and reading texts, checking options, loading a model, saving a tokenizer."""
 
 import argparse
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent  # this repository, itself a model
 
 
 def find_text_files(folder: str | Path) -> list[Path]:
-    """Return the .txt and .txt.gz files under ``folder``, sorted by path."""
+    """Return the .txt and .txt.gz files under ``folder``, sorted by path; not what macOS puts beside them."""
     folder = Path(folder)
     if not folder.is_dir():
         raise SystemExit(f"There is no folder {folder}: name one that holds .txt or .txt.gz files.")
-    files = sorted(path for path in folder.rglob("*") if path.name.endswith((".txt", ".txt.gz")))
+    found = (path for path in folder.rglob("*") if path.name.endswith((".txt", ".txt.gz")))
+    files = sorted(path for path in found if path.is_file() and not path.name.startswith("._"))
     if not files:
         raise SystemExit(f"The folder {folder} holds no .txt or .txt.gz file.")
     return files
@@ -27,8 +29,30 @@ def find_text_files(folder: str | Path) -> list[Path]:
 def read_text(path: Path) -> str:
     """Read one file as UTF-8, its line ends as they are."""
     opener = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8", newline="") as file:
-        return file.read()
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise SystemExit(
+            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): convert it first."
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from error
+
+
+def check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: float):
+    """End with an error where an option is below the least number that is named for it; None is no number."""
+    for name, number in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= number:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least {number}.")
+
+
+def check_fields(config_class, fields: dict, where: str):
+    """End with an error where a field is none of a config's."""
+    known = {*config_class.__annotations__, *vars(config_class()), *config_class().to_dict()}
+    if unknown := sorted(fields.keys() - known - {"auto_map", "_name_or_path", "torch_dtype"}):
+        raise SystemExit(f"{where} has the field {unknown[0]!r}, which a {config_class.__name__} does not have.")
 
 
 def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -37,9 +61,12 @@ def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
         raise SystemExit(f"There is no folder {name}: name a model's folder, or its id on the Hub.")
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise SystemExit(f"The folder {name} holds no config.json, so no model: name another with --model.")
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=getattr(torch, dtype))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # it reads the config too
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # it reads the config too
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{name} cannot be loaded as a model with its tokenizer: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 CHOICES = {  # of what a trained model's memory holds: fields of its config
@@ -95,6 +122,11 @@ def change_memory(model: PreTrainedModel, choice: str) -> PreTrainedModel:
         if numbers and max(numbers) >= len(kinds):
             raise SystemExit(
                 f"The choice {choice!r} names layer {max(numbers)}; the layers are 0 to {len(kinds) - 1}."
+            )
+        without = sorted(number for number in numbers or () if kinds[number] not in ("bmojo", "bmojo_f"))
+        if without:
+            raise SystemExit(
+                f"The choice {choice!r} names layer {without[0]}, which is {kinds[without[0]]!r} and can't have a memory."
             )
         for number, kind in enumerate(kinds):
             if kind in ("bmojo", "bmojo_f"):

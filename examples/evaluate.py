@@ -15,7 +15,7 @@ import math
 import time
 
 import torch
-from common import ROOT, cache_argument, find_text_files, load_model, read_text
+from common import ROOT, cache_argument, check_numbers, find_text_files, load_model, read_text
 from transformers import PreTrainedModel
 
 
@@ -70,8 +70,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     args = parser.parse_args()
-    if args.segment < 1:
-        parser.error(f"--segment is {args.segment}; it must be at least 1.")
+    check_numbers(parser, args, segment=1, limit_bytes=1, max_files=1, threads=1)
     if args.threads:
         torch.set_num_threads(args.threads)
 

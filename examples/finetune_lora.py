@@ -12,11 +12,12 @@ With ``--data file.txt`` the examples are the paragraphs of that file instead, s
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import torch
-from common import ROOT, load_model, save_tokenizer
+from common import ROOT, check_numbers, load_model, read_text, save_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -58,7 +59,8 @@ def read_examples(path: str | None) -> list[str]:
         return BUILT_IN
     if not Path(path).is_file():
         raise SystemExit(f"There is no file {path}.")
-    examples = [part.strip() for part in Path(path).read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    text = read_text(Path(path)).replace("\r\n", "\n")
+    examples = [part.strip() for part in text.split("\n\n") if part.strip()]
     if not examples:
         raise SystemExit(f"The file {path} holds no text.")
     return examples
@@ -74,18 +76,30 @@ def collate(examples: list[list[int]], pad_token_id: int) -> dict[str, torch.Ten
 
 
 @torch.inference_mode()
-def mean_loss(model: PreTrainedModel, dataset: list[list[int]], pad_token_id: int) -> float:
+def mean_loss(model: PreTrainedModel, dataset: list[list[int]], pad_token_id: int, batch_size: int) -> float:
     """Return the loss per token over all examples, in nats."""
-    batch = {name: tensor.to(model.device) for name, tensor in collate(dataset, pad_token_id).items()}
-    return model.eval()(**batch, use_cache=False).loss.item()
+    total = count = 0
+    for start in range(0, len(dataset), batch_size):
+        batch = collate(dataset[start : start + batch_size], pad_token_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        tokens = (batch["labels"][:, 1:] != -100).sum().item()
+        if tokens:
+            total += model.eval()(**batch, use_cache=False).loss.item() * tokens
+            count += tokens
+    return total / count if count else math.nan
 
 
 @torch.inference_mode()
-def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int
+) -> list[str]:
     """Return the greedy continuation of each prompt up to the end-of-text token, at most 12 tokens."""
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-    ids = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)
-    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = []
+    for start in range(0, len(prompts), batch_size):
+        inputs = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True).to(model.device)
+        ids = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)
+        texts += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
 
 
 def split_example(example: str) -> tuple[str, str]:
@@ -94,12 +108,19 @@ def split_example(example: str) -> tuple[str, str]:
     return (question + mark, answer) if mark else (example[: len(example) // 2], example[len(example) // 2 :])
 
 
-def report(title: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[str], dataset):
-    """Print loss, how many answers are right to the letter, and some of them."""
-    cuts = [split_example(example) for example in examples]
-    got = complete(model, tokenizer, [prompt for prompt, _ in cuts])
+def report(
+    title: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[str],
+    dataset,
+    batch_size: int,
+):
+    """Print loss, how many answers (of the first 48 examples) are right to the letter, and some of them."""
+    cuts = [split_example(example) for example in examples[:48]]
+    got = complete(model, tokenizer, [prompt for prompt, _ in cuts], batch_size)
     right = sum(text == answer for text, (_, answer) in zip(got, cuts, strict=True))
-    loss = mean_loss(model, dataset, tokenizer.pad_token_id)
+    loss = mean_loss(model, dataset, tokenizer.pad_token_id, batch_size)
     print(f"{title}: loss {loss:.4f}, {right} of {len(cuts)} answers right; for example")
     for index in range(0, len(cuts), max(1, len(cuts) // 3))[:3]:
         print(f"    {cuts[index][0]!r} -> {got[index]!r}")
@@ -118,18 +139,10 @@ def main():
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
+    check_numbers(parser, args, rank=1, steps=1, batch_size=1, threads=1, seed=0)
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    examples = read_examples(args.data)
-    set_seed(args.seed)
-    model, tokenizer = load_model(args.model)
-    dataset = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in examples]
-    report("before", model, tokenizer, examples, dataset)
-
-    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, lora)
-    adapted.print_trainable_parameters()
     arguments = TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,
@@ -145,6 +158,20 @@ def main():
         report_to="none",
         seed=args.seed,
     )
+    if arguments.n_gpu > 1:  # the trainer would use torch.nn.DataParallel, slow and untested here
+        raise SystemExit(f"There are {arguments.n_gpu} GPUs: choose one, for example with CUDA_VISIBLE_DEVICES=0.")
+
+    examples = read_examples(args.data)
+    set_seed(args.seed)
+    model, tokenizer = load_model(args.model)
+    if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    dataset = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in examples]
+    report("before", model, tokenizer, examples, dataset, args.batch_size)
+
+    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora)
+    adapted.print_trainable_parameters()
     trainer = Trainer(
         adapted,
         arguments,
@@ -153,7 +180,7 @@ def main():
     )
     print(f"training {args.steps} steps", file=sys.stderr)
     trainer.train()
-    report("after", adapted, tokenizer, examples, dataset)
+    report("after", adapted, tokenizer, examples, dataset, args.batch_size)
 
     probe = torch.tensor([dataset[0]], device=model.device)
     with torch.inference_mode():

@@ -10,10 +10,11 @@ at the end of the text. A text no longer than the window has none. A long prompt
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from common import ROOT, load_model
+from common import ROOT, check_numbers, load_model, read_text
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
@@ -90,7 +91,7 @@ def main():
     """Generate, then show the memory where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", help="the text to continue")
-    parser.add_argument("--prompt-file", help="read the text to continue from this file instead")
+    parser.add_argument("--prompt-file", help="read the text to continue from this file (.txt or .txt.gz) instead")
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: this repository)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="default 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="default 0.8")
@@ -103,12 +104,12 @@ def main():
         parser.error("give a prompt or --prompt-file, one of them.")
     if args.prompt_file and not Path(args.prompt_file).is_file():
         parser.error(f"there is no file {args.prompt_file}.")
-    if args.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
+    check_numbers(parser, args, max_new_tokens=1, top_k=0, seed=0)
     if args.temperature <= 0:
         parser.error(f"--temperature is {args.temperature}; it must be above 0 (--greedy takes the likeliest token).")
-    prompt = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
+    prompt = args.prompt if args.prompt_file is None else read_text(Path(args.prompt_file)).replace("\r\n", "\n")
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal or file of another encoding gets "?" for what it lacks
     model, tokenizer = load_model(args.model)
     set_seed(args.seed)
     inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)

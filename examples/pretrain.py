@@ -42,7 +42,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, find_text_files, read_text, save_tokenizer
+from common import ROOT, check_fields, check_numbers, find_text_files, read_text, save_tokenizer
 from pretrain_windows import RecallWindows, TokenWindows
 from transformers import (
     AutoTokenizer,
@@ -57,7 +57,6 @@ from transformers import (
     set_seed,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.trainer_utils import get_last_checkpoint
 
 
 # The shipped model: 4.9 million parameters, one fifth of them the embedding.
@@ -76,7 +75,10 @@ SHIPPED_SIZES = {
     "tie_word_embeddings": True,
 }
 # what a resumed run must not change
-FIXED = ("tokens", "seq_len", "batch_size", "gradient_accumulation", "devices", "seed", "optimizer", "recall_windows")
+FIXED = (
+    *("tokens", "seq_len", "batch_size", "gradient_accumulation", "devices", "seed", "optimizer", "recall_windows"),
+    *("learning_rate", "weight_decay", "config", *SHIPPED_SIZES),
+)
 
 
 def tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -99,13 +101,16 @@ def tokenize_files(files: list[Path], tokenizer: PreTrainedTokenizerBase, folder
     if target.exists():
         return target
     unfinished = target.with_name(f"{target.stem}-{uuid.uuid4().hex[:8]}.unfinished")  # another run may write the same
-    with open(unfinished, "wb") as file:
-        for number, path in enumerate(files, 1):
-            print(f"\rtokenising {number} of {len(files)} files", end="", file=sys.stderr, flush=True)
-            ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
-            np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16).tofile(file)
-    print(file=sys.stderr)
-    unfinished.replace(target)
+    try:
+        with open(unfinished, "wb") as file:
+            for number, path in enumerate(files, 1):
+                print(f"\rtokenising {number} of {len(files)} files", end="", file=sys.stderr, flush=True)
+                ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+                np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16).tofile(file)
+        print(file=sys.stderr)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return target
 
 
@@ -181,7 +186,9 @@ class RunCallback(TrainerCallback):
         if self.interrupted or self.schedule.progress(state.global_step) >= 1:
             control.should_training_stop = True
             control.should_save = True
-            control.should_evaluate = args.eval_strategy != "no"
+            control.should_evaluate = (
+                args.eval_strategy != "no" and not self.interrupted
+            )  # who interrupts is in a hurry
         if control.should_save:
             control.should_log = True  # so that the checkpoint knows the time spent
 
@@ -319,9 +326,11 @@ def read_fields(text: str | None) -> dict:
             raise SystemExit(f"--config {text!r} is neither a JSON object nor a file.")
         text = Path(text).read_text(encoding="utf-8")
     try:
-        return json.loads(text)
+        fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise SystemExit(f"--config is no valid JSON: {error}") from error
+    check_fields(get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT)), fields, "--config")
+    return fields
 
 
 def build_config(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -379,10 +388,21 @@ def choose_model(
     return build_model(build_config(options, tokenizer))
 
 
+def last_checkpoint(output: Path) -> str | None:
+    """The last checkpoint that was written to its end; what is left of others gets another name."""
+    found = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    whole = [path for path in found if (path / "trainer_state.json").is_file()]  # the trainer writes it last
+    for left in set(found) - set(whole):
+        aside = left.with_name(f"unfinished-{left.name}-{uuid.uuid4().hex[:8]}")
+        print(f"{left} was not written to its end: renamed to {aside.name}.", file=sys.stderr)
+        left.rename(aside)
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
 def check_resume(options: argparse.Namespace, tokens: Path, devices: int) -> str | None:
     """Return the checkpoint to continue from, and keep the options of the run; refuse to mix two runs."""
     output = Path(options.output)
-    checkpoint = get_last_checkpoint(output)
+    checkpoint = last_checkpoint(output)
     record = output / "arguments.json"
     if checkpoint and not options.resume:
         raise SystemExit(f"{output} holds {Path(checkpoint).name}: add --resume, or choose another --output.")
@@ -390,11 +410,15 @@ def check_resume(options: argparse.Namespace, tokens: Path, devices: int) -> str
     if checkpoint and record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
         before = {"optimizer": "adamw", "devices": 1, "recall_windows": 0} | before  # older runs had no choice
+        before = now | before  # what an older run has not kept is not compared
         changed = [f"{name} {before[name]} -> {now[name]}" for name in FIXED if before[name] != now[name]]
         if changed:
+            dates = (
+                " (tokens: named by the texts' names, sizes and dates)" if before["tokens"] != now["tokens"] else ""
+            )
             raise SystemExit(
-                f"A resumed run must see its data in the same order and keep its optimizer, but changed: "
-                f"{'; '.join(changed)}."
+                f"A resumed run must keep its model, its optimizer, and the order of its data, but changed: "
+                f"{'; '.join(changed)}{dates}."
             )
     if options.resume and not checkpoint:
         print(f"{output} holds no checkpoint: starting from the beginning.", file=sys.stderr)
@@ -409,7 +433,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for checkpoints, log, and the trained model")
     parser.add_argument("--eval-data", help="folder of texts for the validation loss at every checkpoint")
     parser.add_argument("--eval-windows", type=int, default=64, help="windows of that loss (default 64)")
-    parser.add_argument("--tokenizer", default=str(ROOT), help="folder or Hub id (default: this repository)")
+    parser.add_argument("--tokenizer", help="folder or Hub id (default: that of --init, or this repository)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per window (default 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows per forward pass (default 8)")
     parser.add_argument(
@@ -450,11 +474,9 @@ def parse_options() -> argparse.Namespace:
         settings = {"action": kind} if kind else {"type": type(value)}
         sizes.add_argument("--" + name.replace("_", "-"), **settings, default=None, help=f"shipped: {value}")
     options = parser.parse_args()
-    for name in ("seq_len", "batch_size", "gradient_accumulation", "steps", "save_every", "log_every", "eval_windows"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
-    if options.recall_windows < 0:
-        parser.error(f"--recall-windows is {options.recall_windows}; it must be 0 or more.")
+    names = "seq_len batch_size gradient_accumulation steps save_every log_every eval_windows threads"
+    check_numbers(parser, options, **dict.fromkeys(names.split(), 1))
+    check_numbers(parser, options, recall_windows=0, warmup=0, learning_rate=0, weight_decay=0, seed=0)
     sizes_given = [name for name in SHIPPED_SIZES if getattr(options, name) is not None]
     if options.init and sizes_given:
         parser.error(f"--init brings the sizes of its model: leave out --{sizes_given[0].replace('_', '-')}.")
@@ -486,6 +508,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         eval_steps=options.save_every,
         prediction_loss_only=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_timeout=86400,  # seconds that the others wait while the first process tokenises
         ddp_find_unused_parameters=False,  # every parameter has a gradient in every call
         report_to="none",
         seed=options.seed,
@@ -505,7 +528,11 @@ def main():
     files, output = [path for folder in options.data for path in find_text_files(folder)], Path(options.output)
     eval_files = find_text_files(options.eval_data) if options.eval_data else None
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=True)
+    source = options.tokenizer or options.init or str(ROOT)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{source} has no tokenizer that loads: name one with --tokenizer. {error}") from error
     arguments = training_arguments(options)
     if arguments.n_gpu > 1:  # the trainer would use torch.nn.DataParallel, slow and untested here
         raise SystemExit(
@@ -519,6 +546,11 @@ def main():
 
     set_seed(options.seed)
     model = choose_model(options, tokenizer, checkpoint)
+    if len(tokenizer) > model.config.vocab_size:
+        raise SystemExit(
+            f"The tokenizer of {source} has {len(tokenizer)} tokens, the model room for {model.config.vocab_size}: "
+            "name the model's own with --tokenizer."
+        )
     per_step = options.batch_size * options.gradient_accumulation * arguments.world_size
     windows = RecallWindows(tokens, options.seq_len, options.steps * per_step, options.seed, options.recall_windows)
     eval_windows = TokenWindows(eval_tokens, options.seq_len, options.eval_windows, None) if eval_tokens else None

@@ -96,6 +96,78 @@ def test_a_run_in_two_parts_is_the_run(run, tmp_path, optimizer):
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(run, tmp_path):
+    options = (*sizes(), "--steps", "4", "--save-every", "2")
+    whole = run("whole", *options)
+    parts = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", parts / "checkpoint-2")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", parts / "checkpoint-4")
+    (parts / "checkpoint-4" / "trainer_state.json").unlink()
+    again = run("parts", *options, "--resume")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert len(list(parts.glob("unfinished-checkpoint-4-*/config.json"))) == 1
+    assert (parts / "checkpoint-4" / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--learning-rate", "0.1"], "learning_rate 0.002 -> 0.1"),
+        (["--hidden-size", "32"], "hidden_size 64 -> 32"),
+        (["--config", '{"eidetic_size": 3}'], "config None -> "),
+    ],
+)
+def test_a_resumed_run_keeps_its_model_and_rates(run, changes, said):
+    run("run", *sizes(), "--steps", "1")
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        run("run", *sizes(), "--steps", "1", "--resume", *changes)
+
+
+def test_a_run_from_weights_takes_their_tokenizer(run, tmp_path):
+    run("first", *sizes(), "--steps", "1")
+    final = tmp_path / "first" / "final"
+    fields = json.loads((final / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (final / "tokenizer_config.json").write_text(json.dumps(fields | {"eos_token": "<|other|>"}), encoding="utf-8")
+    run("second", "--init", str(final), "--steps", "1", "--tokenizer", str(ROOT))
+    with pytest.raises(SystemExit, match=r"first/final has 4097 tokens, the model room for 4096: .*--tokenizer"):
+        run("third", "--init", str(final), "--steps", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--config", '{"eidetic_sise": 9}'], "--config has the field 'eidetic_sise'"),
+        (["--warmup", "-1"], "--warmup is -1; it must be at least 0"),
+        (["--learning-rate", "-0.1"], "--learning-rate is -0.1; it must be at least 0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(run, capsys, options, said):
+    with pytest.raises(SystemExit) as refused:
+        run("run", *sizes(), "--steps", "1", *options)
+    assert said in f"{refused.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("b.txt", "café".encode("latin-1"), r"b\.txt is no UTF-8 text"),
+        ("b.txt.gz", gzip.compress(b"a long text " * 99)[:-20], r"b\.txt\.gz cannot be read: "),
+        ("b.txt.gz", b"no archive", r"b\.txt\.gz cannot be read: "),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(run, tmp_path, name, content, said):
+    (tmp_path / "texts" / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=said):
+        run("run", *sizes(), "--steps", "1")
+    assert not list(tmp_path.glob("run/*.unfinished"))
+
+
+def test_what_is_no_text_is_passed_over(run, tmp_path):
+    (tmp_path / "texts" / "folder.txt").mkdir()
+    (tmp_path / "texts" / "._a.txt").write_bytes(b"\x00\xff what macOS writes beside a file")
+    run("run", *sizes(), "--steps", "1")
+
+
 def test_a_run_starts_from_the_weights_of_a_model(run, tmp_path):
     first = run("first", *sizes(), "--steps", "2")
     init = ("--init", str(tmp_path / "first" / "final"), "--steps", "2")
