@@ -1,7 +1,7 @@
 r"""Train models of equal size on books at one length, and measure their loss at positions far beyond it.
 
     python examples/books.py --data ../shared/data/pg19 --output runs/books            # hours on one core; goes on where it stopped
-    python examples/books.py --data ../shared/data/pg19 --output runs/books --models bmojo attention --steps 200 --learning-rates 3e-3
+    python examples/books.py --data ../shared/data/pg19 --output runs/few --models bmojo attention --steps 200 --learning-rates 3e-3
     python examples/books.py --data ../shared/data/pg19 --output runs/choices --trained .   # what a trained model's memory gives it
 
 Every model is trained by pretrain.py on the same windows in the same order, with the same number of parameters (the
@@ -17,14 +17,16 @@ from their first token on, once, through the cache, and every token is predicted
 With --trained nothing is trained: that model reads the books as it is, and again with its eidetic memory filled by
 each of the other choices, and with none.
 
-Results go to --output: <model>-lr<rate>-seed<seed>/final (the model) and .json (<choice>.json), rates.json (the loss by which
-rates were chosen), books.json (a list of seeds for every model, at its rate), books.png.
+Results go to --output, which takes those of one set of options: <model>-lr<rate>-seed<seed>/final (the model) and .json (<choice>.json), rates.json (the loss by which
+rates were chosen), books.json (a list of seeds for every model, at its rate), books.png, options.json.
 """
 
 import argparse
 import itertools
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +35,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, add_choices, change_memory, find_text_files, load_model, read_text
+from common import (
+    ROOT,
+    add_choices,
+    can_choose,
+    change_memory,
+    check_numbers,
+    find_text_files,
+    load_model,
+    read_text,
+    write_json,
+)
 from evaluate import token_bits
 from pretrain import tokenize_files
 from recall import Run, build
@@ -65,6 +77,7 @@ MODELS = {  # name to a model of recall.py and fields of its config
     "attention": ("attention", {}),
 }
 LAYERS = 4
+OPTIONS = ("seq_len", "batch_size", "steps", "parameters", "length", "max_books")  # of all results in a folder
 RARE = 1  # occurrences of a pair in the training text, at most
 
 
@@ -81,12 +94,21 @@ def make_config(name: str, vocab_size: int, parameters: int | None) -> dict:
 
 def train(name: str, rate: float, seed: int, tokens: Path, vocab_size: int, args: argparse.Namespace) -> Path:
     """Train a model on a file of tokens unless it is there already; an interrupted training goes on. Returns its folder."""
-    folder = Path(args.output) / f"{name}-lr{rate:g}-seed{seed}"
-    if (folder / "final" / "config.json").exists():
+    folder, total = Path(args.output) / f"{name}-lr{rate:g}-seed{seed}", args.steps * args.batch_size * args.seq_len
+
+    def is_done():
+        last = folder / "final" / "tokenizer_config.json"  # written last; an interrupted training writes it too
+        return last.exists() and training_of(folder / "final")["tokens"] >= total
+
+    if is_done():
         return folder / "final"
     folder.mkdir(exist_ok=True)
-    if not (folder / tokens.name).exists():
-        (folder / tokens.name).symlink_to(tokens.resolve())  # pretrain.py takes a file that is there
+    if not (folder / tokens.name).exists():  # pretrain.py takes a file that is there
+        (folder / tokens.name).unlink(missing_ok=True)  # a link to where it was
+        try:
+            os.link(tokens, folder / tokens.name)
+        except OSError:  # a file system without links
+            shutil.copy(tokens, folder / tokens.name)
     command = [
         sys.executable,
         str(Path(__file__).with_name("pretrain.py")),
@@ -105,7 +127,14 @@ def train(name: str, rate: float, seed: int, tokens: Path, vocab_size: int, args
     ]
     command += ["--seed", str(seed), "--warmup", "100", "--save-every", "250"]
     command += ["--config", json.dumps(make_config(name, vocab_size, args.parameters))]
-    subprocess.run(command, check=True)
+    with subprocess.Popen(command) as process:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it was interrupted too, and saves a checkpoint
+            raise
+    if process.returncode or not is_done():
+        raise SystemExit(f"The training in {folder} did not reach its end; the same command goes on with it.")
     return folder / "final"
 
 
@@ -165,14 +194,33 @@ def measure(model, tokenizer, title: str, books: list[Path], common: np.ndarray,
         result["books"].append(path.name)
         print(f"\r{title}: {len(result['books'])} books", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    if not result["books"]:
+        raise SystemExit(f"None of the {len(books)} books has {args.length} tokens: lower --length.")
     return result | {"parameters": model.num_parameters(), "reach": reach, "edges": edges}
 
 
 def measure_once(record: Path, make: Callable[[], dict]) -> dict:
     """What a file records, made and written first where there is none."""
     if not record.exists():
-        record.write_text(json.dumps(make()) + "\n", encoding="utf-8")
+        write_json(record, make())
     return json.loads(record.read_text(encoding="utf-8"))
+
+
+def add_to(record: Path, found: dict) -> dict:
+    """What a file of results holds together with new ones, which are written."""
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    write_json(record, before | found)
+    return before | found
+
+
+def keep_options(output: Path, args: argparse.Namespace):
+    """End where a folder holds results of other options, which would be taken for those of these; else keep the options."""
+    trained = args.trained and (str(Path(args.trained).resolve()) if Path(args.trained).is_dir() else args.trained)
+    now = {name: getattr(args, name) for name in OPTIONS} | {"trained": trained}
+    before = now | (json.loads((output / "options.json").read_text()) if (output / "options.json").exists() else {})
+    if changed := [f"{name} {before[name]}" for name in now if before[name] != now[name]]:
+        raise SystemExit(f"{output} holds results with {', '.join(changed)}: choose another --output.")
+    write_json(output / "options.json", now)
 
 
 def compare_models(books: list[Path], args: argparse.Namespace) -> dict[str, list[dict]]:
@@ -204,7 +252,7 @@ def compare_models(books: list[Path], args: argparse.Namespace) -> dict[str, lis
         rates[name] = {f"{rate:g}": loss for rate, loss in losses.items()}
         shown = ", ".join(f"{loss:.3f} at {rate}" for rate, loss in rates[name].items())
         print(f"{name}, up to {args.seq_len} tokens: {shown}\n{summarise(results)}", flush=True)
-    (output / "rates.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
+    add_to(output / "rates.json", rates)
     return results
 
 
@@ -227,7 +275,7 @@ def training_of(folder: Path) -> dict:
 def compare_choices(books: list[Path], args: argparse.Namespace) -> dict[str, list[dict]]:
     """Measure the model --trained with its memory filled by every choice that has no results yet."""
     model, tokenizer = load_model(args.trained)
-    if not getattr(model.config, "eidetic_size", 0):
+    if not can_choose(model, args.choices):
         raise SystemExit(f"{args.trained} has no eidetic memory, so there is nothing to choose.")
     output, results = Path(args.output), {}
     common = common_pairs(tokenize_files(find_text_files(Path(args.data) / "train"), tokenizer, output))
@@ -319,12 +367,15 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    names = "seq_len batch_size steps parameters length max_books threads"
+    check_numbers(parser, args, **dict.fromkeys(names.split(), 1))
     torch.set_num_threads(args.threads)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     books = find_text_files(Path(args.data) / "validation")
+    keep_options(output, args)
     results = compare_choices(books, args) if args.trained else compare_models(books, args)
-    (output / "books.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results = add_to(output / "books.json", results)
     plot(results, None if args.trained else args.seq_len, output / "books.png")
 
 

@@ -55,6 +55,14 @@ def check_fields(config_class, fields: dict, where: str):
         raise SystemExit(f"{where} has the field {unknown[0]!r}, which a {config_class.__name__} does not have.")
 
 
+def write_json(path: Path, content):
+    """Write a JSON file so that it is whole or absent; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
 def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a folder or the Hub, onto the GPU where there is one."""
     if Path(name).is_absolute() and not Path(name).is_dir():
@@ -112,6 +120,13 @@ def add_choices(parser: argparse.ArgumentParser, what: str):
     """The option --choices: what fills the memory, one row of a table each."""
     known = f"{what} (default: {' '.join(CHOICES)}); also {OTHER_CHOICES}"
     parser.add_argument("--choices", nargs="+", type=memory_choice, default=list(CHOICES), help=known)
+
+
+def can_choose(model: PreTrainedModel, choices: list[str]) -> bool:
+    """Whether other choices make other memories: some layer has one, or a choice gives it one."""
+    kinds = getattr(model.config, "layers_block_type", ())
+    given = "bmojo_f" in kinds and any("layers=" in choice for choice in choices)
+    return bool(getattr(model.config, "eidetic_size", 0)) and ("bmojo" in kinds or given)
 
 
 def change_memory(model: PreTrainedModel, choice: str) -> PreTrainedModel:

@@ -19,9 +19,11 @@ with an eidetic memory also the share of the latter whose evidence the memory he
 """
 
 import argparse
+import hashlib
 import json
 import math
 import platform
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from common import ROOT, cache_argument
+from common import ROOT, cache_argument, check_fields, check_numbers, write_json
 from recall_suites import SUITES
 from recall_tasks import IGNORED, TASKS, Examples, make_task
 from recall_variations import VARIATIONS
@@ -165,6 +167,7 @@ def build(run: Run, num_tokens: int) -> nn.Module:
     elif run.model in LAYERS:
         model_class = get_class_from_dynamic_module("modeling_bmojo.BMojoForCausalLM", str(ROOT))
         fields = model_fields(run, num_tokens)
+        check_fields(model_class.config_class, run.fields, "--set")
     else:
         raise SystemExit(f"There is no model {run.model!r}; there are {', '.join(LAYERS)} and transformers:<class>.")
 
@@ -369,14 +372,6 @@ def train(run: Run, progress_bar: bool = True) -> dict:
     return result
 
 
-def save(result: dict, path: Path):
-    """Write a result so that the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
 def describe(result: dict) -> str:
     """One line of a result."""
     run = result["run"]
@@ -423,7 +418,7 @@ def run_suite(rows: dict[str, dict], output: Path, seeds: list[int], bar: bool):
                 found = find_equal(run, output.parent)
                 how = "copied from the same run of another row: " if found else ""
                 found = found or train(run, bar)
-                save(found, path)
+                write_json(path, found)
                 print(f"{name}: {how}{describe(found)}", flush=True)
             return json.loads(path.read_text(encoding="utf-8"))
 
@@ -484,7 +479,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--list", action="store_true", help="print the suites and their rows")
     add("--output", default="runs/recall")
     add("--threads", type=int, default=1)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    names = "layers hidden_size window parameters batch_size steps eval_examples train_examples threads"
+    check_numbers(parser, args, **dict.fromkeys(names.split(), 1))
+    if not args.seconds > 0:
+        parser.error(f"--seconds is {args.seconds}; it must be above 0.")
+    return args
 
 
 def main():
@@ -510,6 +510,8 @@ def main():
         run_suite(rows, Path(args.output) / args.suite, seeds, bar)
         return
     try:
+        if wrong := [stage for stage in args.stages if not re.fullmatch(r"\d+x\d+", stage)]:
+            raise SystemExit(f"--stages has {wrong[0]!r}; write PAIRSxLENGTH, such as 8x64.")
         stages = tuple(tuple(map(int, stage.split("x"))) for stage in args.stages)
         run = Run(
             task=args.task,
@@ -531,13 +533,17 @@ def main():
             eval_examples=args.eval_examples,
             train_examples=args.train_examples,
         )
-        stage_tasks(run)
+        *_, (_, task) = stage_tasks(run)
+        for length in run.eval_lengths:  # so that an impossible one is refused before the training
+            replace(task, length=length)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     for seed in args.seeds or [0]:
         result = train(replace(run, seed=seed), bar)
         print(describe(result), flush=True)
-        save(result, Path(args.output) / "single" / f"{args.task}-{args.model.replace(':', '-')}-seed{seed}.json")
+        key = hashlib.sha256(json.dumps(result["run"], sort_keys=True).encode()).hexdigest()[:8]
+        name = f"{args.task}-{args.model.replace(':', '-')}-seed{seed}-{key}.json"
+        write_json(Path(args.output) / "single" / name, result)
 
 
 if __name__ == "__main__":

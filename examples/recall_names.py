@@ -13,7 +13,6 @@ says what share of the memory's places, of all layers, holds such tokens once a 
 
 import argparse
 import itertools
-import json
 import math
 import random
 import sys
@@ -23,7 +22,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, add_choices, change_memory, find_text_files, load_model, read_text
+from common import (
+    ROOT,
+    add_choices,
+    can_choose,
+    change_memory,
+    check_numbers,
+    find_text_files,
+    load_model,
+    read_text,
+    write_json,
+)
 from evaluate import token_bits
 from rename_names import WORD, find_names, rename
 
@@ -173,13 +182,16 @@ def main():
     parser.add_argument("--output", help="a JSON file of the sums")
     parser.add_argument("--plot", help="an image, where matplotlib is installed")
     args = parser.parse_args()
+    check_numbers(parser, args, length=1, max_books=1, segment=1)
     args.edges = [0, *sorted(args.edges)]
-    texts = [read_text(path) for path in find_text_files(args.data)[: args.max_books]]
+    texts = [text for path in find_text_files(args.data)[: args.max_books] if (text := read_text(path))]
+    if not texts:
+        raise SystemExit(f"The texts in {args.data} are empty.")
     books, results = invented_books(texts), {}
     for path in args.models:
         model, tokenizer = load_model(path)
         read = read_books(tokenizer, books, args.length)
-        remembers = getattr(model.config, "eidetic_size", 0)
+        remembers = can_choose(model, args.choices)
         title = path if len(args.models) > 1 else ""
         for choice in args.choices if remembers else ["none"]:
             with torch.inference_mode():
@@ -187,9 +199,10 @@ def main():
                 found = measure(chosen, tokenizer.eos_token_id, read, args)
             results[", ".join(filter(None, (title, choice)))] = found
             print(summarise(results, args.edges), flush=True)
-    if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            if args.output:
+                write_json(Path(args.output), results)
     if args.plot:
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
         plot(results, args.edges, args.plot)
 
 

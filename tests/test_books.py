@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -140,6 +141,72 @@ def test_rates_are_chosen_by_the_first_seed_and_nothing_is_trained_twice(tmp_pat
     assert "bmojo, up to 512 tokens: 2.500 at 0.1, 1.500 at 0.2" in shown
 
 
+def run_books(monkeypatch, folder, *options):
+    given = ["--data", str(folder), "--output", str(folder / "out"), "--max-books", "1", "--seq-len", "128", *options]
+    monkeypatch.setattr(sys, "argv", ["books.py", *given])
+    books.main()
+    return json.loads((folder / "out" / "books.json").read_text())
+
+
+@pytest.fixture
+def parts(trained):
+    for part in ("train", "validation"):
+        (trained / part).mkdir()
+        (trained / part / "book.txt").write_text((trained / "book.txt").read_text())
+    return trained
+
+
+def test_results_of_other_options_are_not_taken_for_these(parts, monkeypatch):
+    final, length = str(parts / "m" / "final"), ("--length", "512")
+    one = run_books(monkeypatch, parts, "--trained", final, *length, "--choices", "none")
+    both = run_books(monkeypatch, parts, "--trained", final, *length, "--choices", "recent")
+    assert list(both) == ["none", "recent"]
+    assert both["none"] == one["none"]
+    with pytest.raises(SystemExit, match="holds results with length 512: choose another --output"):
+        run_books(monkeypatch, parts, "--trained", final, "--length", "256", "--choices", "none")
+    with pytest.raises(SystemExit, match=r"holds results with trained .*m/final: choose another --output"):
+        run_books(monkeypatch, parts, *length)
+
+
+def test_books_that_are_too_short_are_refused(parts, monkeypatch):
+    with pytest.raises(SystemExit, match="None of the 1 books has 32768 tokens: lower --length"):
+        run_books(monkeypatch, parts, "--trained", str(parts / "m" / "final"), "--choices", "none")
+    assert not (parts / "out" / "none.json").exists()
+
+
+def test_a_training_that_was_interrupted_goes_on(parts, monkeypatch):
+    """What an interrupted training leaves as its model is not measured."""
+    commands = []
+
+    class Training:
+        returncode = 0
+
+        def __init__(self, command):
+            commands.append(command)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def wait(self):
+            folder = Path(commands[-1][commands[-1].index("--output") + 1])
+            shutil.copytree(parts / "m" / "final", folder / "final", dirs_exist_ok=True)
+            tokens = 2 * 128 * (1 if len(commands) == 1 else 2)
+            (folder / "log.jsonl").write_text(json.dumps({"tokens": tokens, "seconds": 1}) + "\n")
+
+    monkeypatch.setattr(books.subprocess, "Popen", Training)
+    options = ("--models", "bmojo", "--steps", "2", "--batch-size", "2", "--learning-rates", "1e-3", "--length", "512")
+    with pytest.raises(SystemExit, match=r"bmojo-lr0.001-seed0 did not reach its end"):
+        run_books(monkeypatch, parts, *options)
+    found = run_books(monkeypatch, parts, *options)
+    assert [command.count("--resume") for command in commands] == [1, 1]
+    assert found["bmojo"][0]["tokens"] == 512
+    assert found == run_books(monkeypatch, parts, *options)
+    assert len(commands) == 2
+
+
 def test_choices_of_a_trained_model(trained, capsys):
     """The same weights read with their own memory, with what other choices put into it, and without one."""
     for part in ("train", "validation"):
@@ -169,9 +236,11 @@ def test_choices_of_a_trained_model(trained, capsys):
 
 def test_a_model_without_memory_has_no_choices(trained):
     config = trained / "m" / "final" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"eidetic_size": 0}))
-    with pytest.raises(SystemExit, match="no eidetic memory"):
-        books.compare_choices([], argparse.Namespace(trained=str(trained / "m" / "final"), output="", data=""))
+    args = argparse.Namespace(trained=str(trained / "m" / "final"), output="", data="", choices=["none"])
+    for fields in ({"eidetic_size": 0}, {"layers_block_type": ["bmojo_f"]}):
+        config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+        with pytest.raises(SystemExit, match="no eidetic memory"):
+            books.compare_choices([], args)
 
 
 def test_the_report_takes_the_rate_that_the_seeds_ran_with(tmp_path, capsys, monkeypatch):

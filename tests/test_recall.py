@@ -284,15 +284,13 @@ def test_a_memory_that_holds_everything_is_seen_to_hold_the_evidence():
     assert result["held"] < 0.2
 
 
-def test_training_on_one_pair_is_solved_and_repeats_itself(tmp_path):
+def test_training_on_one_pair_is_solved_and_repeats_itself():
     run = recall.Run(
         task_fields={"pairs": 1, "length": 8, "vocab_size": 8}, seconds=None, steps=80, lr=1e-2, eval_examples=64
     )
     first, second = (recall.train(run, progress_bar=False) for _ in range(2))
     assert first["tests"]["8"]["accuracy"] > 0.9
     assert first["tests"] == second["tests"]
-    recall.save(first, tmp_path / "a" / "b.json")
-    assert json.loads((tmp_path / "a" / "b.json").read_text())["tests"] == first["tests"]
 
 
 def test_a_suite_runs_what_is_missing_with_the_best_rate(tmp_path, monkeypatch):
@@ -351,6 +349,15 @@ def test_what_another_suite_has_run_is_not_run_again(tmp_path, monkeypatch, caps
         assert (tmp_path / "second" / "two" / first.name).read_text() == first.read_text()
 
 
+def test_single_results_do_not_overwrite_each_other(tmp_path, monkeypatch):
+    options = ["--task-set", "pairs=1", "length=8", "vocab_size=8", "--steps", "1", "--eval-examples", "8"]
+    for rate in ("1e-3", "2e-3", "2e-3"):
+        monkeypatch.setattr(sys, "argv", ["recall.py", *options, "--lr", rate, "--output", str(tmp_path)])
+        recall.main()
+    found = [json.loads(path.read_text()) for path in (tmp_path / "single").iterdir()]
+    assert sorted(result["run"]["lr"] for result in found) == [1e-3, 2e-3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -361,6 +368,9 @@ def test_what_another_suite_has_run_is_not_run_again(tmp_path, monkeypatch, caps
         (["--suite", "nothing"], "There is no suite"),
         (["--suite", "sweep", "--only", "nothing"], "sweep has no row nothing; it has bmojo-m4"),
         (["--parameters", "100"], "without any MLP"),
+        (["--set", "eidetic_sise=4"], "--set has the field 'eidetic_sise'"),
+        (["--eval", "100", "33"], "must be even"),
+        (["--stages", "8"], "--stages has '8'; write PAIRSxLENGTH"),
     ],
 )
 def test_the_program_says_what_is_wrong(arguments, message, tmp_path, monkeypatch):
