@@ -65,7 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
     from .engine import convert
 
     options = vars(parse_options(arguments))
-    previous = signal.signal(signal.SIGTERM, stop)  # leaves nothing behind either
+    endings = [
+        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+    ]  # Windows has no SIGHUP
+    previous = {number: signal.getsignal(number) for number in endings}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, stop)  # leaves nothing behind either
     try:
         convert(options.pop("source"), options.pop("destination"), **options)
     except Refusal as error:
@@ -78,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("Stopped; nothing was written.", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0
 
 

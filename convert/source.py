@@ -45,7 +45,7 @@ def locate(source: str, revision: str | None = None, weights: bool = True) -> Pa
 def fetch(repository: str, revision: str | None, weights: bool) -> Path:
     """Download to the Hub's cache, or find there, what is needed of a repository."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     def download(*patterns: str) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[*patterns]))
@@ -70,6 +70,8 @@ def fetch(repository: str, revision: str | None, weights: bool) -> Path:
         raise Refusal(f"the Hub's {repository} has no revision {revision}.") from error
     except OSError as error:  # no network, and nothing in the cache
         raise Refusal(f"there is no folder {repository}, and the Hub is out of reach: {first_line(error)}") from error
+    except HTTPError as error:
+        raise Refusal(f"the download of {repository} broke off, run it again: {first_line(error)}") from error
     return folder
 
 
@@ -94,7 +96,7 @@ def copy_along(source: Path, tokenizer: Path | None, destination: Path, model_ty
         Names of the files.
 
     Raises:
-        Refusal: a tokenizer was asked for, and the folder has none.
+        Refusal: a tokenizer was asked for, and the folder has none; or it needs code of its own.
     """
     found = dict.fromkeys(files(source, ALONG), source)
     if tokenizer is not None:
@@ -118,7 +120,11 @@ def name_tokenizer_class(path: Path, model_type: str | None) -> None:
     if not path.is_file():
         return
     fields = read_json(path)
-    if fields.get("tokenizer_class") or fields.get("auto_map"):
+    if fields.get("auto_map"):
+        raise Refusal(
+            f"{path.name} has auto_map, code of its own, which is not copied: name a tokenizer that needs none with --tokenizer."
+        )
+    if fields.get("tokenizer_class"):
         return
     fields["tokenizer_class"] = TOKENIZER_MAPPING_NAMES.get(model_type) or "PreTrainedTokenizerFast"
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

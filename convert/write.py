@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .core import Refusal
+from .ours import ROOT
 from .read import DTYPES
 from .tensors import Stretch
 
@@ -148,6 +149,10 @@ def check_destination(destination: Path, force: bool) -> None:
         return
     if not force:
         raise Refusal(f"{destination} exists: choose another destination, or replace it with --force.")
+    if (destination / ".git").exists() or destination in (ROOT, *ROOT.parents, Path.cwd(), *Path.cwd().parents):
+        raise Refusal(
+            f"{destination} is a checkout, or holds this program or the working directory: --force does not replace it."
+        )
     if not destination.is_dir() or (any(destination.iterdir()) and not (destination / "config.json").is_file()):
         raise Refusal(f"{destination} is no model folder (it has no config.json): --force does not replace it.")
 

@@ -323,6 +323,28 @@ def test_force_replaces_a_model_folder_only_after_success(source, tmp_path):
     assert (tmp_path / "letters" / "dear.txt").exists()
 
 
+def test_force_replaces_no_checkout_and_not_where_one_is(source, tmp_path, monkeypatch):
+    result = silently(source, tmp_path / "result")
+    (result / ".git").mkdir()
+    with pytest.raises(Refusal, match="result is a checkout"):
+        silently(source, result, force=True)
+    (result / ".git").rmdir()
+    monkeypatch.chdir(result)
+    for destination in ("", ".", result, write.ROOT):
+        with pytest.raises(Refusal, match="--force does not replace it"):
+            silently(source, destination, force=True)
+    assert (result / "config.json").exists()
+    assert (write.ROOT / "config.json").exists()
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(source, tmp_path):
+    fields = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tok_mine.Mine", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(fields))
+    with pytest.raises(Refusal, match="auto_map, code of its own, which is not copied"):
+        silently(source, tmp_path / "result")
+    assert_nothing_left(tmp_path, "source")
+
+
 def test_an_empty_destination_is_not_touched_either(source, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(Refusal, match="exists"):
@@ -525,7 +547,7 @@ def test_interruption_leaves_nothing(source, tmp_path, capfd, monkeypatch, reque
     change(source, lambda tensors: tensors[EMBEDDING][3].fill_(torch.nan))
     request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         monkeypatch.setattr(write, "say_not_finite", lambda *_, number=number: signal.raise_signal(number))
         assert main([str(source), str(tmp_path / "result")]) == 130
         assert "Stopped" in capfd.readouterr().err
