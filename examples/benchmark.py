@@ -30,7 +30,6 @@ import json
 import math
 import multiprocessing
 import platform
-import resource
 import shlex
 import statistics
 import sys
@@ -45,6 +44,11 @@ from common import ROOT, cache_argument
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 MEASURES = ("train", "prefill", "decode", "memory")
 LENGTHS = {
@@ -560,8 +564,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--hidden-size is {options.hidden_size}; up to 256 it must be a multiple of 32, above of 128.")
     if options.lengths and min(options.lengths) < 2:
         parser.error(f"--lengths has {min(options.lengths)}; a text needs 2 tokens to have a next one.")
-    if torch.device(options.device).type not in ("cpu", "cuda"):
+    if options.device.partition(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device is {options.device}; memory can be measured on cpu and cuda.")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device is {options.device}, and torch sees no GPU.")
+    if resource is None:
+        parser.error("peak memory is measured as Linux and macOS tell it, which this system does not.")
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
     options.lengths = {measure: tuple(options.lengths or default) for measure, default in lengths.items()}
     options.memory_limit = usable_memory() if options.device == "cpu" else 0  # CUDA reserves more than there is

@@ -16,7 +16,7 @@ import sys
 import time
 
 import torch
-from common import ROOT, load_model
+from common import ROOT, check_numbers, load_model
 
 
 def read(model, tokens: torch.Tensor, segment: int = 1024):
@@ -45,6 +45,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     arguments = parser.parse_args()
+    check_numbers(parser, arguments, tokens=1, rounds=1, threads=1)
+    if min(arguments.multiples) < 1:
+        parser.error(f"--multiples has {min(arguments.multiples)}; it must be at least 1.")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     model, _ = load_model(arguments.model)

@@ -809,6 +809,8 @@ def main(arguments=None) -> int:
     parser.add_argument("--ops", nargs="+", choices=sorted({case.op for case in CASES}), help="default: all")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(arguments)
+    if find_spec("triton") is None:
+        parser.error("the kernels need triton: pip install triton (Linux)")
     try:
         shapes = {name: shape_of(name) for name in options.shapes}
     except argparse.ArgumentTypeError as error:
@@ -829,6 +831,7 @@ def main(arguments=None) -> int:
     if options.output:
         shapes = {name: shape._asdict() for name, shape in shapes.items()}
         found = {**about, "dtype": options.dtype, "peaks": peak, "shapes": shapes, "records": records}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     failed = [record for record in records if record["way"] == OURS and record["state"] in ("WRONG", "raised")]
     return 1 if failed else 0

@@ -9,15 +9,15 @@ Every figure comes from a process of its own, since a process never gives its pe
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 
 import torch
+from benchmark import high_water_mark
 from benchmark_decode import read
-from common import ROOT, load_model
+from common import ROOT, check_numbers, load_model
 
 
 def measure(name: str, length: int, piece: int, threads: int):
@@ -28,11 +28,11 @@ def measure(name: str, length: int, piece: int, threads: int):
     tokens = tokens.to(model.device)
     with torch.no_grad():
         read(model, tokens[:, :256])
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        before, start = high_water_mark(), time.perf_counter()
         model.model.prefill_piece = piece
         read(model, tokens, length)
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(seconds, (after - before) / 1024)
+    seconds, after = time.perf_counter() - start, high_water_mark()
+    print(seconds, (after - before) / 2**20)
 
 
 def main():
@@ -44,6 +44,9 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--measure", type=int, nargs=2, help=argparse.SUPPRESS)  # the process behind one figure
     arguments = parser.parse_args()
+    check_numbers(parser, arguments, piece=1, rounds=1, threads=1)
+    if min(arguments.lengths) < 1:
+        parser.error(f"--lengths has {min(arguments.lengths)}; a prompt has at least 1 token.")
     if arguments.measure:
         measure(arguments.model, *arguments.measure, arguments.threads)
         return
@@ -54,7 +57,9 @@ def main():
             for piece, figures in found:
                 command = [sys.executable, __file__, "--model", arguments.model, "--threads", str(arguments.threads)]
                 command += ["--measure", str(length), str(piece)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode:  # it has said why
+                    raise SystemExit(done.returncode)
                 figures.append([float(figure) for figure in done.stdout.split()[-2:]])
         cells = []
         for _, figures in found:

@@ -17,6 +17,7 @@ import time
 
 import torch
 from benchmark import ENTRANTS, Sizes, build, count_body, make_tokens, prefill, train_step
+from common import check_numbers
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -90,6 +91,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    check_numbers(parser, options, rounds=1, threads=1)
     torch.set_num_threads(options.threads)
     for case in options.cases:
         measure, _, length = case.partition(":")

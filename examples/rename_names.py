@@ -65,7 +65,7 @@ def split_passages(text: str, length: int) -> list[str]:
 def rename(
     passage: str, names: dict[str, int], rng: random.Random, invented: float = 0.5, made: set[str] | None = None
 ) -> str:
-    """The passage with every name of `names` exchanged, one for one; NAMES in capitals alike.
+    """The passage with every name of `names` exchanged, each for one other, now and then two for the same; NAMES in capitals alike.
 
     Args:
         passage: text.
@@ -108,6 +108,8 @@ def main():
     files, output = find_text_files(options.data), Path(options.output)
     if output.resolve() == Path(options.data).resolve():
         parser.error("--output is --data itself: the texts would be lost.")
+    if Path(options.data).resolve() in output.resolve().parents:
+        parser.error("--output lies in --data: a second run would take its texts for others to rename.")
     texts, rng = [read_text(path) for path in files], random.Random(options.seed)
     names = find_names(texts)
     if not names:

@@ -149,6 +149,8 @@ def read(model, tokenizer, text: str, title: str, count: int) -> Reading:
     if not ids:
         raise SystemExit("The text is empty: name another with --text.")
     tokens = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    if model.config.model_type != "bmojo":
+        raise SystemExit(f"The model is a {model.config.model_type}, no B'MOJO: there is no eidetic memory to show.")
     output = model(torch.tensor([ids], device=model.device), use_cache=False, output_eidetic=True, logits_to_keep=1)
     layers = []
     for number, (innovations, memories) in enumerate(zip(output.innovations, output.eidetic_positions, strict=True)):
@@ -536,7 +538,7 @@ def draw(reading: Reading, target: Path, columns: int = 2, width: float = 4.7, s
     page = figure.add_axes([0, 0, columns * width / total, 1])
     page.set(xlim=(0, 72 * columns * width), ylim=(72 * height, 0))
     page.axis("off")
-    page.text(26, 34, reading.title, family="DejaVu Serif", fontsize=17, color=INK)
+    page.text(26, 34, reading.title, family="DejaVu Serif", fontsize=17, color=INK, parse_math=False)
     deeper = ", deeper where more layers hold it" if len(reading.layers) > 1 else ""
     legend = f"green: in memory at the end{deeper}\norange: surprising      underlined: in the window"
     edge = 72 * columns * width - 8

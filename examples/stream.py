@@ -41,7 +41,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT, find_text_files, read_text
+from common import ROOT, check_fields, find_text_files, read_text
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -134,6 +134,7 @@ def make_model(options: argparse.Namespace, vocab_size: int) -> PreTrainedModel:
         load = AutoModelForCausalLM.from_pretrained
         return load(options.model, trust_remote_code=True, dtype=dtype, **options.fields).eval()
     model_class = get_class_from_dynamic_module("modeling_bmojo.BMojoForCausalLM", str(ROOT))
+    check_fields(model_class.config_class, options.fields, "--set")
     torch.manual_seed(options.seed)
     config = model_class.config_class(**SIZES | {"vocab_size": vocab_size} | options.fields)
     return model_class(config).to(dtype).eval()

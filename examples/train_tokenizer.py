@@ -95,6 +95,8 @@ def main():
         text = read_text(path)
         num_bytes += len(text.encode())
         num_tokens += check_round_trip(tokenizer, text)
+    if not num_tokens:
+        raise SystemExit(f"The texts in {args.test_data or args.data} are empty; the tokenizer was not written.")
     save_tokenizer(tokenizer, args.output)
     print(
         f"{len(tokenizer)} tokens; {num_bytes:,} bytes in {num_tokens:,} tokens: {num_bytes / num_tokens:.3f} bytes per token"

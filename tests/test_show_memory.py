@@ -7,9 +7,11 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -269,6 +271,8 @@ def test_what_cannot_be_shown_is_refused(program, tokenizer, tiny_model, capsys)
     model = tiny_model(vocab_size=len(tokenizer), eidetic_size=0)
     with pytest.raises(SystemExit, match="no bmojo layer with an eidetic memory"):
         program.read(model, tokenizer, TEXT, "", 20)
+    with pytest.raises(SystemExit, match="is a llama, no B'MOJO"):
+        program.read(SimpleNamespace(config=LlamaConfig()), tokenizer, TEXT, "", 20)
     with pytest.raises(SystemExit, match="text is empty"):
         program.read(model, tokenizer, "", "", 20)
     for options, message in (("--tokens 0", "--tokens is 0"), ("--text /nowhere.txt", "no file /nowhere.txt")):
