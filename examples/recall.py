@@ -191,6 +191,8 @@ def build(run: Run, num_tokens: int) -> nn.Module:
     if run.variation is not None:
         if run.variation not in VARIATIONS:
             raise SystemExit(f"There is no variation {run.variation!r}; there are {', '.join(VARIATIONS)}.")
+        if theirs or "bmojo" not in run.model:
+            raise SystemExit(f"--variation {run.variation} changes B'MOJO layers; {run.model} has none.")
         VARIATIONS[run.variation](model)
     return model
 

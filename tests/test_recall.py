@@ -368,6 +368,7 @@ def test_single_results_do_not_overwrite_each_other(tmp_path, monkeypatch):
         (["--suite", "nothing"], "There is no suite"),
         (["--suite", "sweep", "--only", "nothing"], "sweep has no row nothing; it has bmojo-m4"),
         (["--parameters", "100"], "without any MLP"),
+        (["--variation", "cosine", "--model", "mamba2"], "mamba2 has none"),
         (["--set", "eidetic_sise=4"], "--set has the field 'eidetic_sise'"),
         (["--eval", "100", "33"], "must be even"),
         (["--stages", "8"], "--stages has '8'; write PAIRSxLENGTH"),
