@@ -126,11 +126,13 @@ def dispatch(
     chunked: Callable | None = None,
     kernel: str | None = None,
     backward: bool = True,
+    room: Callable | None = None,
 ) -> Callable:
     """Run the Triton kernel of this name where one fits the device, else the form for a CPU where that fits, else the definition.
 
     `kernel` is the file of `kernels/` that holds it; None for an op that torch's own operations are good enough for. One
-    without `backward` pass runs where no gradient is asked for.
+    without `backward` pass runs where no gradient is asked for, one that does not hold every size only for arguments of
+    which `room` is true (but BMOJO_KERNELS=triton, with which the kernel says what it lacks room for).
     Where there is a `chunked` form of the definition, a loop over tokens, it stands for it but under BMOJO_KERNELS=definition.
     """
     name = definition.__name__
@@ -148,6 +150,7 @@ def dispatch(
             kernel is not None
             and (backward or not _asks_for_gradient(x, *args, *kwargs.values()))
             and not _is_transformed()
+            and (room is None or mode == "triton" or room(x, *args, **kwargs))
         )
         if runs and _use_kernel(name, kernel, x.device.type, x.dtype):
             return _loaded[name](x, *args, **kwargs)
@@ -159,12 +162,12 @@ def dispatch(
     return op
 
 
-def dispatch_step(definition: Callable, kernel: str) -> Callable:
+def dispatch_step(definition: Callable, kernel: str, room: Callable | None = None) -> Callable:
     """`dispatch` for one token without gradients, which on a CPU takes less than asking how it should be computed.
 
     Off a GPU, and where a graph is recorded, the definition runs unasked.
     """
-    chosen = dispatch(definition, kernel=kernel)
+    chosen = dispatch(definition, kernel=kernel, room=room)
 
     @functools.wraps(definition)
     def op(x, /, *args, **kwargs):
@@ -233,18 +236,33 @@ def _has_triton() -> bool:
 # The operations that the model calls, each with its forms
 # ----------------------------------------------------------------------------------------------------------------------
 
+
+def _scan_fits(x, dt, A, *args, **kwargs) -> bool:
+    return A.shape[1] <= 64
+
+
+def _memory_fits(scores, kept_scores, *args, **kwargs) -> bool:
+    return kept_scores.shape[1] <= 1024
+
+
+def _heads_fit(query, *args, **kwargs) -> bool:
+    return query.shape[-1] <= 256
+
+
 ssd_scan = dispatch(ssd_scan, blocked_ssd_scan, kernel="ssd")
-selective_scan = dispatch(selective_scan, blocked_selective_scan, kernel="selective")
+selective_scan = dispatch(selective_scan, blocked_selective_scan, kernel="selective", room=_scan_fits)
 delta_scan = dispatch(delta_scan, chunked=chunked_delta_scan)
 kalman_scan = dispatch(kalman_scan, chunked=chunked_kalman_scan)
 causal_conv = dispatch(causal_conv, blocked_causal_conv, kernel="conv")
 prediction_error = dispatch(prediction_error, blocked_prediction_error, kernel="innovation", backward=False)
-running_selection = dispatch(running_selection, cpu=running_selection, kernel="innovation", backward=False)
-memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="attention")
+running_selection = dispatch(
+    running_selection, cpu=running_selection, kernel="innovation", backward=False, room=_memory_fits
+)
+memory_attention = dispatch(memory_attention, blocked_memory_attention, kernel="attention", room=_heads_fit)
 rms_norm = dispatch(rms_norm, blocked_rms_norm)
 silu_gate = dispatch(silu_gate, blocked_silu_gate)
 rotate = dispatch(rotate, blocked_rotate)
 ssd_step = dispatch_step(ssd_step, kernel="step")
 selective_step = dispatch_step(selective_step, kernel="step")
-cache_attention = dispatch_step(cache_attention, kernel="step")
+cache_attention = dispatch_step(cache_attention, kernel="step", room=_heads_fit)
 update_memory = dispatch_step(update_memory, kernel="step")

@@ -1,6 +1,7 @@
 """Which of kernel and definition runs, what is said about it, and where the kernels are found."""
 
 import logging
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers.utils.logging import info_once, warning_once
 
 from bmojo import kernels_bmojo
+from bmojo_tests.kernel_checks import needs_triton
 
 
 ON_GPU = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)  # all that the choice looks at
@@ -85,6 +87,42 @@ def test_the_form_for_a_cpu_runs_on_a_cpu_alone(folder, monkeypatch):
     monkeypatch.setenv("BMOJO_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert op(ON_CPU) == "kernel"
+
+
+def test_sizes_beyond_a_kernels_room_go_another_way(folder, monkeypatch):
+    def definition(x, size):
+        return "definition"
+
+    definition.__name__ = "roomy"
+    write_kernel(folder, "roomy", "def roomy(x, size):\n    return 'kernel'\n")
+    op = kernels_bmojo.dispatch(definition, kernel="roomy", room=lambda x, size: size <= 8)
+    assert [op(ON_GPU, 8), op(ON_GPU, 9), op(ON_GPU, size=9)] == ["kernel", "definition", "definition"]
+    monkeypatch.setenv("BMOJO_KERNELS", "triton")
+    assert op(ON_GPU, 9) == "kernel"
+
+
+@needs_triton
+def test_room_is_what_the_kernels_have():
+    """The largest size that is let through is the largest that each kernel takes."""
+
+    def shape(*sizes):
+        return torch.empty(sizes, device="meta")
+
+    for file, fits, settings in (
+        (
+            "selective",
+            lambda n: kernels_bmojo._scan_fits(None, None, shape(8, n)),
+            lambda m, n: m.settings("forward", 8, n),
+        ),
+        ("innovation", lambda n: kernels_bmojo._memory_fits(None, shape(1, n)), lambda m, n: m.settings(n)),
+        ("attention", lambda n: kernels_bmojo._heads_fit(shape(n)), lambda m, n: m.settings("keys", n, 2, "ampere")),
+        ("step", lambda n: kernels_bmojo._heads_fit(shape(n)), lambda m, n: m.attention_settings(n, 1, 4, "ampere")),
+    ):
+        module = import_module(f"{kernels_bmojo.__name__}.{file}")
+        largest = max(n for n in range(1, 2048) if fits(n))
+        settings(module, largest)
+        with pytest.raises(ValueError, match=f" is {largest + 1};"):
+            settings(module, largest + 1)
 
 
 def test_a_missing_kernel_is_normal(folder, said):
