@@ -66,12 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = vars(parse_options(arguments))
     endings = [
-        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-    ]  # Windows has no SIGHUP
-    previous = {number: signal.getsignal(number) for number in endings}
-    for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:  # nohup's
-            signal.signal(number, stop)  # leaves nothing behind either
+        getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")
+    ]  # Windows lacks the second, nohup ignores it
+    handled = [number for number in endings if number and signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop) for number in handled}  # these leave nothing behind either
     try:
         convert(options.pop("source"), options.pop("destination"), **options)
     except Refusal as error:

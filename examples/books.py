@@ -17,8 +17,9 @@ from their first token on, once, through the cache, and every token is predicted
 With --trained nothing is trained: that model reads the books as it is, and again with its eidetic memory filled by
 each of the other choices, and with none.
 
-Results go to --output, which takes those of one set of options: <model>-lr<rate>-seed<seed>/final (the model) and .json (<choice>.json), rates.json (the loss by which
-rates were chosen), books.json (a list of seeds for every model, at its rate), books.png, options.json.
+Results go to --output, which takes those of one set of options: <model>-lr<rate>-seed<seed>/final (the model) and .json
+(<choice>.json), rates.json (the loss by which rates were chosen), books.json (a list of seeds for every model, at its rate),
+books.png, options.json.
 """
 
 import argparse
@@ -194,8 +195,6 @@ def measure(model, tokenizer, title: str, books: list[Path], common: np.ndarray,
         result["books"].append(path.name)
         print(f"\r{title}: {len(result['books'])} books", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    if not result["books"]:
-        raise SystemExit(f"None of the {len(books)} books has {args.length} tokens: lower --length.")
     return result | {"parameters": model.num_parameters(), "reach": reach, "edges": edges}
 
 
@@ -216,11 +215,18 @@ def add_to(record: Path, found: dict) -> dict:
 def keep_options(output: Path, args: argparse.Namespace):
     """End where a folder holds results of other options, which would be taken for those of these; else keep the options."""
     trained = args.trained and (str(Path(args.trained).resolve()) if Path(args.trained).is_dir() else args.trained)
-    now = {name: getattr(args, name) for name in OPTIONS} | {"trained": trained}
-    before = now | (json.loads((output / "options.json").read_text()) if (output / "options.json").exists() else {})
+    now, record = {name: getattr(args, name) for name in OPTIONS} | {"trained": trained}, output / "options.json"
+    held = any(path != record and not path.name.startswith("tokens-") for path in output.iterdir())
+    before = now | (json.loads(record.read_text(encoding="utf-8")) if held and record.exists() else {})
     if changed := [f"{name} {before[name]}" for name in now if before[name] != now[name]]:
         raise SystemExit(f"{output} holds results with {', '.join(changed)}: choose another --output.")
-    write_json(output / "options.json", now)
+    write_json(record, now)
+
+
+def check_length(books: list[Path], tokenizer, length: int):
+    """End where no book is long enough to be measured, before anything is trained."""
+    if not any(len(tokenizer(read_text(path), verbose=False)["input_ids"]) >= length for path in books):
+        raise SystemExit(f"None of the {len(books)} books has {length} tokens: lower --length.")
 
 
 def compare_models(books: list[Path], args: argparse.Namespace) -> dict[str, list[dict]]:
@@ -373,6 +379,8 @@ def main():
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     books = find_text_files(Path(args.data) / "validation")
+    source = args.trained or str(ROOT)
+    check_length(books, AutoTokenizer.from_pretrained(source, trust_remote_code=True), args.length)
     keep_options(output, args)
     results = compare_choices(books, args) if args.trained else compare_models(books, args)
     results = add_to(output / "books.json", results)

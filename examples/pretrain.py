@@ -186,9 +186,8 @@ class RunCallback(TrainerCallback):
         if self.interrupted or self.schedule.progress(state.global_step) >= 1:
             control.should_training_stop = True
             control.should_save = True
-            control.should_evaluate = (
-                args.eval_strategy != "no" and not self.interrupted
-            )  # who interrupts is in a hurry
+            # who interrupts is in a hurry
+            control.should_evaluate = args.eval_strategy != "no" and not self.interrupted
         if control.should_save:
             control.should_log = True  # so that the checkpoint knows the time spent
 
@@ -329,6 +328,8 @@ def read_fields(text: str | None) -> dict:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise SystemExit(f"--config is no valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise SystemExit(f"--config is {fields!r}, not a JSON object.")
     check_fields(get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", str(ROOT)), fields, "--config")
     return fields
 

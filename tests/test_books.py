@@ -168,10 +168,11 @@ def test_results_of_other_options_are_not_taken_for_these(parts, monkeypatch):
         run_books(monkeypatch, parts, *length)
 
 
-def test_books_that_are_too_short_are_refused(parts, monkeypatch):
-    with pytest.raises(SystemExit, match="None of the 1 books has 32768 tokens: lower --length"):
-        run_books(monkeypatch, parts, "--trained", str(parts / "m" / "final"), "--choices", "none")
-    assert not (parts / "out" / "none.json").exists()
+def test_books_that_are_too_short_are_refused_before_anything_is_trained(parts, monkeypatch):
+    for options in (("--trained", str(parts / "m" / "final"), "--choices", "none"), ("--models", "bmojo")):
+        with pytest.raises(SystemExit, match="None of the 1 books has 32768 tokens: lower --length"):
+            run_books(monkeypatch, parts, *options)
+    assert not list((parts / "out").iterdir())
 
 
 def test_a_training_that_was_interrupted_goes_on(parts, monkeypatch):
