@@ -545,13 +545,17 @@ def test_failed_verification_leaves_nothing(source, tmp_path, monkeypatch):
 
 def test_interruption_leaves_nothing(source, tmp_path, capfd, monkeypatch, request):
     change(source, lambda tensors: tensors[EMBEDDING][3].fill_(torch.nan))
-    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    for number in (signal.SIGINT, signal.SIGHUP):
+        request.addfinalizer(partial(signal.signal, number, signal.getsignal(number)))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what nohup has started this one
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         monkeypatch.setattr(write, "say_not_finite", lambda *_, number=number: signal.raise_signal(number))
         assert main([str(source), str(tmp_path / "result")]) == 130
         assert "Stopped" in capfd.readouterr().err
         assert_nothing_left(tmp_path, "source")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # under nohup it goes on
+    assert main([str(source), str(tmp_path / "result")]) == 0
 
 
 def test_file_that_cannot_grow(source, tmp_path, capfd):
