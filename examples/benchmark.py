@@ -26,7 +26,6 @@ come: results.json (every single time), table.md, and time.png and memory.png wh
 import argparse
 import datetime
 import gc
-import json
 import math
 import multiprocessing
 import platform
@@ -40,7 +39,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT, cache_argument
+from common import ROOT, cache_argument, check_numbers, write_json
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -388,10 +387,7 @@ class Benchmark:
 
     def write_json(self):
         """Write all results so far, never half a file."""
-        unfinished = self.output / "results.unfinished"
-        content = self.about | {"records": list(self.records.values())}
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(self.output / "results.json")
+        write_json(self.output / "results.json", self.about | {"records": list(self.records.values())})
 
 
 @dataclass(frozen=True)
@@ -557,9 +553,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     if unknown := [name for name in options.entrants if name not in ENTRANTS]:
         parser.error(f"--entrants has {', '.join(unknown)}; there are {', '.join(ENTRANTS)}.")
     lowest = dict.fromkeys(("threads", "rounds", "limit", "window", "vocab_size"), 1)
-    for name, least in (lowest | {"layers": 2, "hidden_size": 32, "eidetic_size": 0}).items():
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}.")
+    check_numbers(parser, options, **lowest, layers=2, hidden_size=32, eidetic_size=0)
     if options.hidden_size % (32 if options.hidden_size <= 256 else 128):
         parser.error(f"--hidden-size is {options.hidden_size}; up to 256 it must be a multiple of 32, above of 128.")
     if options.lengths and min(options.lengths) < 2:

@@ -41,7 +41,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT, check_fields, find_text_files, read_text
+from common import ROOT, check_fields, check_numbers, find_text_files, read_text
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -272,9 +272,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     options = parser.parse_args(argv)
     options.command = shlex.join(["python", "examples/stream.py", *(sys.argv[1:] if argv is None else argv)])
-    for name in ("tokens", "step", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}; it must be at least 1.")
+    check_numbers(parser, options, tokens=1, step=1, threads=1)
     given = options.marks or [mark for mark in MARKS if mark < options.tokens]
     if not all(1 <= mark <= options.tokens for mark in given):
         parser.error(f"--marks has {given}; marks lie between 1 and the {options.tokens} of --tokens.")
