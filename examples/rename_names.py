@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from common import find_text_files, read_text
+from common import check_numbers, find_text_files, read_text
 
 
 WORD = re.compile(r"[A-Za-z]+")
@@ -103,8 +103,7 @@ def main():
     parser.add_argument("--passage", type=int, default=8000, help="characters in which names stay (default 8000)")
     parser.add_argument("--seed", type=int, default=0, help="of the names (default 0)")
     options = parser.parse_args()
-    if options.passage < 1:
-        parser.error(f"--passage is {options.passage}; it must be at least 1.")
+    check_numbers(parser, options, passage=1)
     files, output = find_text_files(options.data), Path(options.output)
     if output.resolve() == Path(options.data).resolve():
         parser.error("--output is --data itself: the texts would be lost.")

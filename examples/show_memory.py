@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import ROOT, load_model, read_text
+from common import ROOT, check_numbers, load_model, read_text
 
 
 BOOK = ROOT.parent / "shared" / "data" / "pg19" / "validation" / "555.txt.gz"
@@ -621,8 +621,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--output", default="memory.html", help="the page (default memory.html)")
     parser.add_argument("--png", help="also draw an image, to this file")
     options = parser.parse_args(argv)
-    if options.tokens < 1:
-        parser.error(f"--tokens is {options.tokens}; it must be at least 1.")
+    check_numbers(parser, options, tokens=1)
     if options.text and not Path(options.text).is_file():
         parser.error(f"there is no file {options.text}.")
     path = Path(options.text) if options.text else BOOK
