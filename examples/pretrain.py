@@ -248,6 +248,62 @@ def plot_losses(log_file: Path, target: Path):
     figure.savefig(target, dpi=120)
 
 
+class SinglePrecisionMuon(torch.optim.Muon):
+    """Muon whose matrices are made orthogonal in float32, where `torch.optim.Muon` does so in bfloat16.
+
+    For CPUs without instructions for bfloat16, where PyTorch's takes 18 to 35 times as long. Arguments: of `torch.optim.Muon`.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step(p, group)
+        return loss
+
+    def _step(self, p: torch.Tensor, group: dict):
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        average = self.state[p]["momentum_buffer"]
+        average.lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(average, group["momentum"]) if group["nesterov"] else average
+        update = orthogonalise(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        # As long as AdamW's steps (Liu et al.), or as Jordan et al. have it, by the form alone.
+        rows, columns = p.shape
+        like_adamw = group["adjust_lr_fn"] == "match_rms_adamw"
+        ratio = 0.2 * math.sqrt(max(rows, columns)) if like_adamw else math.sqrt(max(1, rows / columns))
+        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * ratio)
+
+
+def orthogonalise(
+    matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """The Newton-Schulz iteration of Muon: the matrix with singular values near 1, in its own dtype.
+
+    Args:
+        matrix: [rows, columns].
+        coefficients: a, b, c of x <- a x + b (x x^T) x + c (x x^T)^2 x.
+        steps: how often.
+        eps: the least norm that the matrix is divided by.
+    """
+    a, b, c = coefficients
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def choose_muon(parameters: list[dict]) -> type[torch.optim.Muon]:
+    """PyTorch's Muon, or the one in float32 where a CPU has no instructions for bfloat16."""
+    has = torch.cpu.get_capabilities()
+    on_cpu = all(p.device.type == "cpu" for group in parameters for p in group["params"])
+    return SinglePrecisionMuon if on_cpu and not (has.get("avx512_bf16") or has.get("amx_bf16")) else torch.optim.Muon
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for matrices, AdamW for the rest, behind one optimizer's parameter groups, state and state_dict.
 
@@ -262,7 +318,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, matrix_groups: list[dict], other_groups: list[dict], lr: float, betas: tuple[float, float]):
-        muon = torch.optim.Muon(matrix_groups, lr=lr, adjust_lr_fn="match_rms_adamw")
+        muon = choose_muon(matrix_groups)(matrix_groups, lr=lr, adjust_lr_fn="match_rms_adamw")
         self.parts = (muon, torch.optim.AdamW(other_groups, lr=lr, betas=betas))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()

@@ -1,5 +1,6 @@
 """examples/pretrain.py on a text of a few pages: a run, a run in two parts, and one that goes on from a model's weights."""
 
+import copy
 import gzip
 import itertools
 import json
@@ -208,7 +209,8 @@ def test_muon_gets_the_matrices_of_linear_layers_alone(ssm_type, tied):
     assert dict(others)["model.norm.weight"] == 0.0
 
 
-def test_muon_with_adamw_is_each_of_them_on_its_part():
+def test_muon_with_adamw_is_each_of_them_on_its_part(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     ours, theirs = make_model(), make_model()
     get_groups = sys.modules[type(ours).__module__].get_parameter_groups
     both = pretrain.MuonWithAdamW(*pretrain.split_matrices(ours, get_groups(ours, 0.1)), lr=0.01, betas=(0.9, 0.95))
@@ -225,6 +227,50 @@ def test_muon_with_adamw_is_each_of_them_on_its_part():
             for optimizer in optimizers:
                 optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("has", [{}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_muon_computes_in_float32_where_a_cpu_has_no_bfloat16(monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    weights, bias = torch.nn.Linear(4, 6).parameters()
+    muon, _ = pretrain.MuonWithAdamW([{"params": [weights]}], [{"params": [bias]}], 0.1, (0.9, 0.95)).parts
+    assert type(muon) is (torch.optim.Muon if has else pretrain.SinglePrecisionMuon)
+    assert pretrain.choose_muon([{"params": [weights.to("meta")]}]) is torch.optim.Muon
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"adjust_lr_fn": "match_rms_adamw"}, {"nesterov": False, "weight_decay": 0.5}]
+)
+def test_muon_in_float32_is_pytorchs_but_for_rounding(settings):
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((8, 24), (24, 8), (16, 16), (4, 4))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    apart = pretrain.SinglePrecisionMuon(ours, lr=0.1, **settings), torch.optim.Muon(theirs, lr=0.1, **settings)
+    for step in range(6):
+        for p, q in list(zip(ours, theirs, strict=True))[:3]:  # the last has no gradient
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for optimizer in apart:
+            optimizer.step()
+        if step == 2:  # a run goes on with the other's state
+            states = [copy.deepcopy(optimizer.state_dict()) for optimizer in apart]
+            for optimizer, state in zip(apart, reversed(states), strict=True):
+                optimizer.load_state_dict(state)
+    for p, q, before in zip(ours[:3], theirs, start, strict=False):
+        assert (p - q).norm() < 0.02 * (p - before).norm()
+    assert torch.equal(ours[3], start[3])
+    assert torch.equal(theirs[3], start[3])
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_orthogonalise_keeps_the_singular_vectors(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    settings = torch.optim.Muon([torch.nn.Parameter(matrix)]).defaults
+    result = pretrain.orthogonalise(matrix, settings["ns_coefficients"], settings["ns_steps"], settings["eps"])
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = left.T @ result @ right.T
+    assert ((values.diagonal() > 0.5) & (values.diagonal() < 1.5)).all()
+    assert (values - torch.diag(values.diagonal())).abs().max() < 1e-12
 
 
 def test_several_gpus_in_one_process_are_refused(run, monkeypatch):
