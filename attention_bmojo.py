@@ -29,7 +29,7 @@ from .kernels_bmojo import (
 )
 from .linear_bmojo import project
 from .norms_bmojo import BMojoRMSNorm
-from .numerics_bmojo import at_least_float32, no_autocast, widen
+from .numerics_bmojo import as_dtype, at_least_float32, no_autocast, widen
 from .ops_bmojo import hash_scores, predict
 from .ssm_bmojo import SSM_CLASSES, BMojoConv1d
 
@@ -130,7 +130,8 @@ class BMojoAttention(nn.Module):
         """Write the call's tokens at their positions, in a buffer that grows by the call's columns unless it is fixed."""
         seq_len = new.shape[1]
         if not call.fixed_columns:
-            buffer = torch.cat([buffer.to(new.dtype), torch.zeros_like(new)], 1)
+            buffer = torch.cat([buffer, buffer.new_zeros(new.shape)], 1)
+        new = as_dtype(new, buffer.dtype)  # under autocast another than the cache's
         index = call.positions.expand(new.shape[0], seq_len)
         if (
             call.lengths is not None

@@ -244,6 +244,8 @@ class BMojoCache(Cache):
             inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
             with torch.inference_mode(False) if inferring else nullcontext():
                 layer.state = new_state(self.config, layer_type, like, self.max_cache_len or 0)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd saves no inference tensors
+            layer.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
         return layer.state
 
     def store(self, states: list[dict[str, torch.Tensor]], columns: int, tokens, replays: list[Callable] | None):
@@ -264,6 +266,8 @@ class BMojoCache(Cache):
             self._log.append({"before": before, "lengths": self.lengths, "tokens": tokens, "replays": replays})
             while len(self._log) > 1 and sum(call["tokens"].shape[1] for call in self._log) > _MAX_LOGGED_TOKENS:
                 self._log.pop(0)
+        elif columns:
+            self._log = []  # what it holds no longer ends where the cache does
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
         self.lengths = self.lengths + (columns if tokens is None else tokens.sum(1).to(self.lengths.device))
@@ -326,8 +330,8 @@ class BMojoCache(Cache):
         self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def __getstate__(self):
-        """Without the tables of the current chunk: views, of which every one would take all its memory along."""
-        return self.__dict__ | {"steps": (None, None)}
+        """Without the log, as `__deepcopy__`, and the tables of the chunk: views, each of which would take all its memory along."""
+        return self.__dict__ | {"steps": (None, None), "_log": []}
 
     def __deepcopy__(self, memo) -> "BMojoCache":
         """A copy with tensors of its own, and an empty log: it can't be rolled back behind the copy."""
@@ -345,6 +349,12 @@ class BMojoCache(Cache):
         """From now on keep what `crop` needs: the states before the last calls, and the inputs of those calls."""
         for layer in self.layers:
             layer.record_past = True
+
+    def stop_past_recording(self) -> None:
+        """Keep nothing for `crop` any more, and forget what was kept."""
+        for layer in self.layers:
+            layer.record_past = False
+        self._log = []
 
     def is_recording_past(self, layer_idx: int = 0) -> bool:
         return self.layers[layer_idx].record_past

@@ -286,12 +286,12 @@ def ring_positions(size: int, last):
 
 
 def last_rows(previous, new, lengths):
-    """The last tokens of (previous, new) in a buffer as long as `previous`, given the real lengths of `new`."""
-    size = previous.shape[1]
+    """The last tokens of (previous, new) in a buffer like `previous`, given the real lengths of `new`."""
+    size, new = previous.shape[1], new.to(previous.dtype)  # under autocast another than the cache's
     if lengths is None:
         new = new if new.shape[1] <= size else new[:, new.shape[1] - size :]
-        return torch.cat([previous[:, new.shape[1] :].to(new.dtype), new], 1)
-    both = torch.cat([previous.to(new.dtype), new], 1)
+        return torch.cat([previous[:, new.shape[1] :], new], 1)
+    both = torch.cat([previous, new], 1)
     return take_rows(both, lengths[:, None] + torch.arange(size, device=new.device))
 
 

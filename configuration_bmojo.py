@@ -238,7 +238,7 @@ class BMojoConfig(PreTrainedConfig):
     fading_query: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.rope_parameters is None:
+        if self.rope_parameters is None and not kwargs.get("rope_scaling"):
             self.rope_parameters = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta", 10000.0)}
         if self.layers_block_type is None:
             self.layers_block_type = ["bmojo"] * self.num_hidden_layers
@@ -392,8 +392,11 @@ class BMojoConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; allowed are transformers' {', '.join(sorted(ACT2FN))}."
                 )
-        if not 0 < self.rope_parameters["rope_theta"] < math.inf:
-            raise ValueError(f"rope_theta is {self.rope_parameters['rope_theta']}; it must be positive and finite.")
+        theta = self.rope_parameters.get("rope_theta")
+        if theta is None or not 0 < theta < math.inf:
+            raise ValueError(
+                f"rope_parameters['rope_theta'] is {theta}; it must be positive and finite (10000.0 without another reason)."
+            )
         factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if not 0 < factor <= 1:
             raise ValueError(

@@ -496,7 +496,7 @@ class _Scratch(threading.local):
 
     def __init__(self):
         with torch.inference_mode(False):
-            memory = torch.empty(2 * _BLOCK)
+            memory = torch.empty(2 * _BLOCK, dtype=torch.float32, device="cpu")
         self.products = functools.cache(lambda rows, size: memory[: rows * size].view(rows, size))
 
 
@@ -815,8 +815,10 @@ class _Span:
 @functools.lru_cache(maxsize=8)  # the same few for every layer and step
 def _age_mask(queries, keys, offset, newest, oldest, group, dtype):
     """(group queries, keys): 0 where the age offset + query - key is in [newest, oldest)."""
-    age = offset + torch.arange(queries)[:, None] - torch.arange(keys)
-    mask = torch.zeros(queries, keys, dtype=dtype).masked_fill_((age < newest) | (age >= oldest), _UNSEEN)
+    age = offset + torch.arange(queries, device="cpu")[:, None] - torch.arange(keys, device="cpu")
+    mask = torch.zeros(queries, keys, dtype=dtype, device="cpu").masked_fill_(
+        (age < newest) | (age >= oldest), _UNSEEN
+    )
     return mask.repeat(group, 1)
 
 

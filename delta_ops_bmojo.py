@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .numerics_bmojo import at_least_float32, no_autocast
@@ -304,10 +303,36 @@ class _Solution(torch.autograd.Function):
         ctx.save_for_backward(*operator)
 
     @staticmethod
-    @once_differentiable  # the residual knows nothing of how x itself depends on the inputs: a second derivative is an error
     def backward(ctx, grad):
         operator = ctx.saved_tensors  # once: checkpointing computes them again at every reading
-        return ctx.solve(grad, *operator), None, None, *[None] * len(operator)
+        with torch.no_grad():
+            found = ctx.solve(grad, *operator)
+        if torch.is_grad_enabled():
+            found = _NoSecondDerivative.apply(found, grad, *operator)
+        return found, None, None, *[None] * len(operator)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """An error when differentiated: the residual of `_Solution` knows nothing of how x itself depends on the inputs.
+
+    PyTorch's `once_differentiable` hangs its error on a leaf of its own, which is left out where `inputs` are named.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(found, *inputs):
+        return found.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "Gated KalmaNet has no second derivative; differentiate its first one by finite differences."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -91,9 +91,14 @@ def attach(config) -> None:
 
 @functools.cache
 def _fetch(repository: str) -> str:
-    """The local copy of a Hub repository, holding at least its kernels at the commit of the code that runs."""
-    commit = _HERE.name if re.fullmatch("[0-9a-f]{40}", _HERE.name) else None  # transformers names the folder so
-    return snapshot_download(repository, revision=commit, allow_patterns="kernels/*.py")
+    """The local copy of a Hub repository, holding at least its kernels at the commit of the code that runs.
+
+    Raises:
+        ValueError: the code is of no commit, so it came from a folder, which is gone: a repository of that name is another's.
+    """
+    if not re.fullmatch("[0-9a-f]{40}", _HERE.name):  # transformers names the folder of code from the Hub so
+        raise ValueError(f"{repository} is no folder any more.")
+    return snapshot_download(repository, revision=_HERE.name, allow_patterns="kernels/*.py")
 
 
 def load(name: str, file: str | None = None) -> Callable | None:

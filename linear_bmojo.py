@@ -17,7 +17,7 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return layer(x)
     most, longest, least = ROW_PRODUCTS[x.dtype]
     size = x.shape[-1]
-    if size <= longest and x.numel() <= most * size and _is_bare(layer) and layer.weight.numel() > least:
+    if size <= longest and 0 < x.numel() <= most * size and _is_bare(layer) and layer.weight.numel() > least:
         return linear_of_row(x, layer.weight, layer.bias)
     return layer(x)
 

@@ -1,6 +1,7 @@
 """B'MOJO in transformers: layers that answer each token from a window, a fading and an eidetic memory (arXiv 2407.06324)."""
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -202,10 +203,18 @@ class BMojoPreTrainedModel(PreTrainedModel):
         """As in transformers; also writes the whole auto_map and the kernels folder, so that the folder loads alone."""
         auto_map = getattr(self.config, "auto_map", None) or {}
         if not any("--" in name for name in auto_map.values()):  # code in another repository stays there
-            self.config.auto_map = dict(AUTO_MAP)
+            self.config.auto_map = auto_map | AUTO_MAP  # a tokenizer's entry is the user's own
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.is_remote_code() and kwargs.get("is_main_process", True):
             copy_kernels(self.config, save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """What save_pretrained(push_to_hub=True) calls before it returns: the kernels have to be there by then."""
+        if self.is_remote_code():
+            copy_kernels(self.config, working_dir)
+            if os.path.isdir(kernels := os.path.join(working_dir, "kernels")):
+                os.utime(kernels)  # a folder counts as modified by its own time
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 class BMojoModel(BMojoPreTrainedModel):
@@ -300,7 +309,7 @@ class BMojoModel(BMojoPreTrainedModel):
         output = BMojoModelOutput(
             last_hidden_state=_last_columns(last_hidden_state, outputs_to_keep),
             hidden_states=(*map(back, all_hidden_states), last_hidden_state) if output_hidden_states else None,
-            predictor_loss=torch.stack(losses).sum() if losses and self.training else None,
+            predictor_loss=(sum(loss.to(losses[0].device) for loss in losses) if losses and self.training else None),
             **{CACHE_NAME: cache if use_cache else None},
             **(_shown(memories, back) if output_eidetic else {}),
         )
@@ -319,7 +328,7 @@ class BMojoModel(BMojoPreTrainedModel):
             return inputs_embeds
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq_len).")
-        if not torch.compiler.is_compiling() and input_ids.numel() and input_ids.device.type != "meta":
+        if is_plain(input_ids) and input_ids.numel() and input_ids.device.type != "meta":
             few = input_ids.flatten() if input_ids.numel() <= 16 else torch.stack(input_ids.aminmax())
             ids = few.tolist()  # the one time that a GPU is asked
             low, high = min(ids), max(ids)
@@ -566,10 +575,11 @@ def _check_arguments(config, output_attentions, cu_seq_lens_q, cu_seq_lens_k, ou
 
 
 @functools.lru_cache(maxsize=32)
-def _default_frequencies(theta: float, rotary_dim: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # where a first call may be, and a later one not
-        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim
-        return (torch.tensor(theta, dtype=torch.float64, device="cpu") ** -exponents).to(device)
+def _default_frequencies(theta: float, rotary_dim: int) -> tuple[float, ...]:
+    return tuple(theta ** -(pair / rotary_dim) for pair in range(0, rotary_dim, 2))
+
+
+_on_gpus: dict[tuple, torch.Tensor] = {}  # default frequencies, by theta, rotary_dim and device
 
 
 def rotary_frequencies(config, device: torch.device | None = None) -> tuple[torch.Tensor, float]:
@@ -579,8 +589,16 @@ def rotary_frequencies(config, device: torch.device | None = None) -> tuple[torc
     """
     parameters, rotary_dim = config.rope_parameters, config.rotary_dim
     if parameters["rope_type"] == "default" or not rotary_dim:
-        where = device if device is not None and device.type == "cuda" else torch.device("cpu")
-        return _default_frequencies(float(parameters["rope_theta"]), rotary_dim, where), 1.0
+        key = float(parameters["rope_theta"]), rotary_dim, device
+        if device is None or device.type != "cuda":
+            return torch.tensor(_default_frequencies(*key[:2]), dtype=torch.float64, device="cpu"), 1.0
+        found = _on_gpus.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # where a first call may be, and a later one not
+                found = torch.tensor(_default_frequencies(*key[:2]), dtype=torch.float64, device=device)
+            if is_plain(found):  # no tensor of a trace, which would break whatever runs after it
+                _on_gpus[key] = found
+        return found, 1.0
     return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
 
 
@@ -646,6 +664,10 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(
+                f"logits_to_keep is {logits_to_keep}; it must be 0 (all columns), a number of the last ones, or indices."
+            )
         chosen = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = project(self.lm_head, hidden_states[:, chosen])
         if self.lm_head_multiplier != 1:
@@ -681,7 +703,12 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         """As in transformers; a `BMojoCache` to go on from is taken under either name."""
         if (given := either_cache(cache, past_key_values)) is not None:
             kwargs[CACHE_NAME] = given
-        return super().generate(*args, **kwargs)
+        recorded = isinstance(given, BMojoCache) and given.is_recording_past()
+        output = super().generate(*args, **kwargs)
+        for used in (given, getattr(output, CACHE_NAME, None)):
+            if isinstance(used, BMojoCache) and not recorded:  # assisted decoding began a record: it ends here
+                used.stop_past_recording()
+        return output
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         """As in transformers, and the cache under both names: PEFT 0.21, which looks for it, knows the old one only.

@@ -131,6 +131,7 @@ class BMojoSSM(nn.Module):
                 last = state["conv"].copy_(last)
         else:
             last = take_rows(inputs, call.lengths[:, None] + torch.arange(size, device=x.device))
+        last = as_dtype(last, history.dtype)  # under autocast another than the cache's
         return self.act_fn(self.conv1d(inputs.transpose(1, 2)).transpose(1, 2)), last
 
     def input_norm(self, size: int) -> BMojoRMSNorm:
