@@ -208,6 +208,7 @@ class BMojoCache(Cache):
         self.lengths: torch.Tensor | None = None
         self.seen_tokens, self.even = 0, True
         self.steps = None, None  # the model's tables for the tokens of the current chunk, and what they hold for
+        self.unfinished = False  # a call writes the states in place, and has not come to its end
         self._log: list[dict] = []
 
     # -- what the model calls ------------------------------------------------------------------------------------------
@@ -223,6 +224,11 @@ class BMojoCache(Cache):
     def begin(self, like: torch.Tensor) -> torch.Tensor:
         """Check that a call with the activations `like` (batch, seq_len, ...) fits; returns the rows' lengths so far."""
         batch, seq_len = like.shape[:2]
+        if self.unfinished:
+            raise RuntimeError(
+                "The last call with this cache was interrupted while it wrote the states; they belong to no length. reset() "
+                "it and read the text again, or go on from a copy (copy.deepcopy) that was made before."
+            )
         if self.lengths is None:
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
         if self.lengths.shape[0] != batch:
@@ -258,7 +264,7 @@ class BMojoCache(Cache):
             replays: for every layer a function from new lengths (batch,) to the state after only so many tokens of
                 the call; needed while recording.
         """
-        self.even = self.even and tokens is None
+        self.even, self.unfinished = self.even and tokens is None, False
         if self.is_recording_past() and columns:
             if tokens is None:
                 tokens = torch.ones(len(self.lengths), columns, dtype=torch.bool, device=self.lengths.device)
@@ -309,7 +315,7 @@ class BMojoCache(Cache):
         for layer in self.layers:
             layer.state = {}
         self.lengths, self.seen_tokens, self.even, self._log = None, 0, True, []
-        self.steps = None, None
+        self.steps, self.unfinished = (None, None), False
 
     def _change_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:
@@ -336,7 +342,7 @@ class BMojoCache(Cache):
     def __deepcopy__(self, memo) -> "BMojoCache":
         """A copy with tensors of its own, and an empty log: it can't be rolled back behind the copy."""
         twin = type(self)(self.config, self.max_cache_len)
-        twin.seen_tokens, twin.even = self.seen_tokens, self.even
+        twin.seen_tokens, twin.even, twin.unfinished = self.seen_tokens, self.even, self.unfinished
         twin.lengths = None if self.lengths is None else self.lengths.clone()
         for layer, own in zip(self.layers, twin.layers, strict=True):
             own.state = {name: tensor.clone() for name, tensor in layer.state.items()}

@@ -371,6 +371,8 @@ class BMojoModel(BMojoPreTrainedModel):
             past = None if cache is None else cache.begin(piece)
             call = self._call(piece, piece.shape[1], lengths, cache, past)
             state_only = none_kept or (apart and number < len(pieces))
+            if cache is not None:
+                cache.unfinished = call.in_place
             hidden_states, kept, memories, states, replays = self._run_layers(piece, call, cache, whole, state_only)
             if cache is not None:
                 read = tokens if len(pieces) == 1 else call.real()  # in pieces: places in the row, which count alike

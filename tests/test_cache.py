@@ -664,3 +664,49 @@ def test_outputs_of_a_single_token_are_of_the_usual_kind(tiny_model):
     given.append(model(ids[:, 2:3], use_cache=True, cache=out.cache).logits)
     given.append(model.model(ids[:, 3:4], use_cache=True, cache=out.cache).last_hidden_state)
     assert not any(tensor.is_inference() for tensor in given)
+
+
+@torch.no_grad()
+def test_full_attention_reads_a_long_prompt_into_a_cache(tiny_model):
+    """Longer than its mask is cut into."""
+    model, ids = tiny_model(dtype=torch.float64, layers_block_type=["full_attention", "hybrid"]), random_ids(1, 1090)
+    assert_close(model(ids, cache=BMojoCache(model.config)).logits, whole(model, ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("operation", ["repeat", "select"])
+def test_rows_without_padding_move_within_a_chunk(tiny_model, operation):
+    model, ids = tiny_model(dtype=torch.float64), random_ids(3, 22)
+    cache = BMojoCache(model.config)
+    read(model, cache, ids[:, :14], [9, 1, 1, 1, 1, 1])
+    rows = [0, 0, 1, 1, 2, 2] if operation == "repeat" else [1]
+    if operation == "repeat":
+        cache.batch_repeat_interleave(2)
+    else:
+        cache.batch_select_indices(torch.tensor(rows))
+    got = read(model, cache, ids[rows, 14:], [1, 1, 6])
+    assert_close(got, whole(model, ids)[rows, 14:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_with_padding_goes_on(tiny_model, copied):
+    model, ids = tiny_model(dtype=torch.float64), random_ids(2, 26)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    cache = BMojoCache(model.config)
+    read(model, cache, ids[:, :14], [14], mask[:, :14])
+    got = read(model, copied(cache), ids[:, 14:], [1, 1, 10], mask[:, 14:])
+    assert_close(got, whole(model, ids, mask)[:, 14:])
+
+
+@torch.no_grad()
+def test_loss_of_a_part_behind_padding_in_the_cache(tiny_model):
+    model, ids = tiny_model(dtype=torch.float64), random_ids(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    cache = BMojoCache(model.config)
+    read(model, cache, ids[:, :12], [12], mask[:, :12])
+    loss = model(ids[:, 12:], attention_mask=mask, labels=ids[:, 12:], cache=cache).loss
+    logits = whole(model, ids, mask)[:, 12:-1]
+    assert abs(loss - nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 13:].flatten())) < 1e-5

@@ -23,7 +23,10 @@ def test_everything_follows_the_input(tiny_model, monkeypatch, overrides):
 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # nothing may be read back from a meta tensor
     model = tiny_model(**overrides).to("meta")
-    ids, mask = torch.zeros(2, 29, dtype=torch.int64, device="meta"), torch.ones(2, 29, device="meta")
+    ids, mask = (
+        torch.zeros(2, 29, dtype=torch.int64, device="meta"),
+        torch.ones(2, 29, dtype=torch.int64, device="meta"),
+    )
     loss = model.train()(ids, attention_mask=mask, labels=ids).loss
     loss.backward()
     assert all(parameter.grad.device.type == "meta" for parameter in model.parameters())
@@ -57,10 +60,21 @@ def test_layers_do_not_wait_for_the_device(tiny_model, monkeypatch, lengths, all
 def test_frequencies_stay_where_a_gpu_asked_for_them(tiny_model, monkeypatch):
     from bmojo import modeling_bmojo
 
-    monkeypatch.setattr(modeling_bmojo, "_default_frequencies", lambda theta, dim, device: device)
-    config = tiny_model().config
-    for device, where in (("cuda:1", "cuda:1"), ("mps", "cpu"), ("cpu", "cpu"), ("meta", "cpu")):
-        assert modeling_bmojo.rotary_frequencies(config, torch.device(device))[0] == torch.device(where)
+    config, other = tiny_model().config, tiny_model(rope_theta=500.0).config
+    made, make = [], torch.tensor
+
+    def on_no_gpu(values, dtype, device):
+        made.append(str(device))
+        return make(values, dtype=dtype)
+
+    monkeypatch.setattr(modeling_bmojo, "_on_gpus", {})
+    monkeypatch.setattr(torch, "tensor", on_no_gpu)
+    expected, _ = modeling_bmojo.rotary_frequencies(config)
+    for device in ("cuda:1", "cuda:1", "mps", "cpu", "meta", "cuda:0", "cuda:1"):
+        assert torch.equal(modeling_bmojo.rotary_frequencies(config, torch.device(device))[0], expected)
+    assert made == ["cpu", "cuda:1", "cpu", "cpu", "cpu", "cuda:0"]
+    found, _ = modeling_bmojo.rotary_frequencies(other, torch.device("cuda:1"))
+    torch.testing.assert_close(found, 500.0 ** -(torch.arange(0, 6, 2, dtype=torch.float64) / 6))
 
 
 def test_table_of_rotary_angles_needs_no_float64_on_the_device():

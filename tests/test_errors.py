@@ -590,3 +590,11 @@ def test_impossible_overrides_at_load(tiny_model, tmp_path, override, text):
         setattr(model.config, name, value)
     with pytest.raises(StrictDataclassClassValidationError, match=text):
         type(model)(model.config)
+
+
+def test_an_additive_mask_is_refused_in_a_compiled_call_too(tiny_model, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    mask = torch.zeros(1, 12)
+    mask[0, :3] = -torch.inf
+    with pytest.raises(ValueError, match="Additive masks are not supported"):
+        tiny_model()(torch.ones(1, 12, dtype=torch.long), attention_mask=mask, use_cache=False)

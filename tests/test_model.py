@@ -964,3 +964,29 @@ def test_packed_documents_are_padded_to_less_than_twice_their_tokens(sizes):
     assert sum(group.index.numel() for group in layout.groups) < 2 * sum(sizes)
     read = torch.cat([group.to_rows(documents)[group.real] for group in layout.groups])
     assert torch.equal(read.sort().values, documents[0])
+
+
+@torch.no_grad()
+def test_rows_that_differ_stream_as_on_a_device_that_is_not_asked(make, monkeypatch):
+    """A GPU and a compiler get the longest lead that a chunk can have, not that of the rows at hand."""
+    model = make("every_layer")
+    ids, mask = padded("holes", width=40, lengths=[1, 7, 20, 33, 40, 0])
+    cache, logits, start = BMojoCache(model.config), [], 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        for size in (3, 1, 1, 8, 1, 2, 1, 1, 1, 13, 1, 1, 6):
+            columns = slice(start, start + size)
+            logits.append(model(ids[:, columns], attention_mask=mask[:, columns], cache=cache).logits)
+            start += size
+    logits = torch.cat(logits, 1)
+    for row in range(len(ids) - 1):
+        kept = mask[row].bool()
+        assert rel_error(logits[row, kept], model(ids[row : row + 1, kept]).logits[0]) < 1e-9
+
+
+@torch.no_grad()
+def test_padding_has_no_innovation(make):
+    ids, mask = padded("left")
+    found = make("plain")(ids, attention_mask=mask, output_eidetic=True).innovations
+    assert found
+    assert all((innovations[mask == 0] == 0).all() for innovations in found)

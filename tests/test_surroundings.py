@@ -1,5 +1,6 @@
 """What goes on around a call: other modes, devices and dtypes before it, hooks of the Hub, records that went stale."""
 
+import copy
 import pickle
 from types import SimpleNamespace
 
@@ -108,6 +109,30 @@ def test_a_record_with_a_gap_is_not_used(make_model):
     with pytest.raises(ValueError, match="the log holds the last 0"):
         cache.crop(-2)
     assert cache.seen_tokens == 12
+
+
+@pytest.mark.parametrize("types", [["mamba2", "bmojo"], ["mamba", "bmojo"], ["bmojo", "bmojo"]])
+def test_a_cache_whose_call_was_interrupted_is_not_gone_on_with(make_model, types):
+    model, ids = make_model(layers_block_type=types), make_ids(1, 12)
+    cache = BMojoCache(model.config)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        model(ids[:, :8], cache=cache)
+        expected, twin = model(ids[:, 8:9], cache=copy.deepcopy(cache)).logits, copy.deepcopy(cache)
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 8:9], cache=cache)
+        hook.remove()
+        for same in (cache, copy.deepcopy(cache)):
+            with pytest.raises(RuntimeError, match="interrupted"):
+                model(ids[:, 8:9], cache=same)
+        assert torch.equal(model(ids[:, 8:9], cache=twin).logits, expected)
+        cache.reset()
+        model(ids[:, :8], cache=cache)
+        assert torch.equal(model(ids[:, 8:9], cache=cache).logits, expected)
 
 
 def test_a_pickled_cache_has_no_record(make_model):
