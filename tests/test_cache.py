@@ -373,6 +373,24 @@ def test_load_knows_files_from_before_a_field(tiny_model, tmp_path):
         BMojoCache.load(path, model.config)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"innovation_half_life": 7.0},
+        {"innovation_signal": "layer_input"},
+        {"innovation_kernel": 4},
+        {"key_multiplier": 2.0},
+    ],
+)
+def test_load_refuses_a_model_that_would_go_on_in_another_way(tiny_config, tmp_path, other):
+    """Tensors of the same shapes, that mean something else."""
+    cache = BMojoCache(tiny_config())
+    cache.begin(torch.zeros(1, 1))
+    cache.save(tmp_path / "cache.safetensors")
+    with pytest.raises(ValueError, match=f"another configuration: {next(iter(other))}"):
+        BMojoCache.load(tmp_path / "cache.safetensors", tiny_config(**other))
+
+
 def test_load_refuses_other_files(tiny_config, tmp_path):
     save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
     (tmp_path / "notes.safetensors").write_text("no tensors at all")

@@ -543,6 +543,21 @@ def test_failed_verification_leaves_nothing(source, tmp_path, monkeypatch):
     assert_nothing_left(tmp_path, "source")
 
 
+def test_verification_sees_a_wrong_conversion(source, tmp_path, monkeypatch):
+    load = check.load_result
+
+    def swapped(*args):
+        model = load(*args)
+        mlp = model.model.layers[0].mlp
+        mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+        return model
+
+    monkeypatch.setattr(check, "load_result", swapped)
+    with pytest.raises(Refusal, match="verification failed: logits differ"):
+        silently(source, tmp_path / "result", verify=True)
+    assert_nothing_left(tmp_path, "source")
+
+
 def test_interruption_leaves_nothing(source, tmp_path, capfd, monkeypatch, request):
     change(source, lambda tensors: tensors[EMBEDDING][3].fill_(torch.nan))
     for number in (signal.SIGINT, signal.SIGHUP):
