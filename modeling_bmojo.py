@@ -706,9 +706,12 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         if (given := either_cache(cache, past_key_values)) is not None:
             kwargs[CACHE_NAME] = given
         recorded = isinstance(given, BMojoCache) and given.is_recording_past()
+        settings = vars(kwargs.get("generation_config") or self.generation_config) | kwargs
+        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        assisted = any(settings.get(name) is not None for name in names)
         output = super().generate(*args, **kwargs)
         for used in (given, getattr(output, CACHE_NAME, None)):
-            if isinstance(used, BMojoCache) and not recorded:  # assisted decoding began a record: it ends here
+            if assisted and not recorded and isinstance(used, BMojoCache):  # the record was begun for it: it ends here
                 used.stop_past_recording()
         return output
 
