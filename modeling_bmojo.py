@@ -515,6 +515,17 @@ def _last_columns(x: torch.Tensor, count: int | None) -> torch.Tensor:
     return x if count is None else x[:, max(0, x.shape[1] - count) :]
 
 
+def _columns_to_keep(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
+    """The columns of which logits are wanted, as an index."""
+    if not isinstance(logits_to_keep, int):
+        return logits_to_keep
+    if logits_to_keep < 0:
+        raise ValueError(
+            f"logits_to_keep is {logits_to_keep}; it must be 0 (all columns), a number of the last ones, or indices."
+        )
+    return slice(-logits_to_keep or None, None)
+
+
 def _pieces(rows: torch.Tensor, lengths: torch.Tensor | None, size: int, apart: bool) -> list[tuple]:
     """Rows (rows, seq_len, hidden_size) in pieces of `size` columns, each with the real tokens that its rows have there.
 
@@ -666,12 +677,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(
-                f"logits_to_keep is {logits_to_keep}; it must be 0 (all columns), a number of the last ones, or indices."
-            )
-        chosen = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = project(self.lm_head, hidden_states[:, chosen])
+        logits = project(self.lm_head, hidden_states[:, _columns_to_keep(logits_to_keep)])
         if self.lm_head_multiplier != 1:
             logits = logits * self.lm_head_multiplier
 
