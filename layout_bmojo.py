@@ -119,9 +119,8 @@ def read_mask(attention_mask, batch: int, seq_len: int, past_columns: int, past_
             )
         )
     tokens = attention_mask[:, attention_mask.shape[1] - seq_len :].bool()
-    if (
-        torch.compiler.is_compiling()
-    ):  # no look at the values, among which 0 and -inf would be read the wrong way round
+    if torch.compiler.is_compiling():
+        # no look at the values, among which 0 and -inf would be read the wrong way round
         if attention_mask.is_floating_point():
             raise ValueError(
                 f"attention_mask is {attention_mask.dtype}; in a compiled call it must be bool or of integers, 1 for tokens and 0 "
