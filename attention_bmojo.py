@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cache_bmojo import memory_slots
+from .cache_bmojo import ROOM, memory_slots
 from .call_bmojo import (
     Call,
     last_rows,
@@ -109,39 +109,73 @@ class BMojoAttention(nn.Module):
             state = {"full_key": key, "full_value": value, **kept}
         if call.state_only:
             return None, state, {}
-        columns = torch.arange(key.shape[1], device=u.device)
-        if state is not None:  # columns that hold no token of the row
-            key, value = (x.masked_fill((columns >= call.end())[..., None, None], 0) for x in (key, value))
-        groups = query.shape[2] // key.shape[2]
-        query, key, value = (x.transpose(1, 2) for x in (query, key.to(u.dtype), value.to(u.dtype)))
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        query, key, value = query.transpose(1, 2), key.to(u.dtype), value.to(u.dtype)
         if state is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
-        else:
-            parts = []
-            for start in range(0, call.seq_len, 1024):  # bounds the mask: linear in the length
-                visible = columns <= call.positions[:, None, start : start + 1024, None]
-                part = query[:, :, start : start + 1024]
-                parts.append(F.scaled_dot_product_attention(part, key, value, attn_mask=visible, scale=self.scale))
-            mixed = torch.cat(parts, 2)
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+        elif call.filled is not None:
+            key, value = key[:, :, : call.filled], value[:, :, : call.filled]
+        else:  # columns that hold no token of the row
+            columns = torch.arange(key.shape[2], device=u.device)
+            key, value = (x.masked_fill((columns >= call.end())[:, None, :, None], 0) for x in (key, value))
+        mixed = self._attend(query, key, value, call, all_seen=state is None or call.filled is not None)
         return project(self.o_proj, mixed.transpose(1, 2).flatten(-2)), state, {}
 
+    def _attend(self, query, key, value, call: Call, all_seen: bool):
+        """Attention of every query to the columns up to its position.
+
+        Args:
+            query: (rows, num_heads, seq_len, head_dim).
+            key, value: (rows, num_key_value_heads, columns, head_dim), every number finite.
+            call: the call.
+            all_seen: whether the last query sees all columns; they are of tokens one after the other.
+        """
+        attend = partial(F.scaled_dot_product_attention, scale=self.scale)
+        rows, heads, seq_len, head_dim = query.shape
+        kv_heads, length = key.shape[1:3]
+        if seq_len == 1:  # the queries of a group, which see the same, as if they were tokens: no key is copied
+            visible = None if all_seen else torch.arange(length, device=key.device) <= call.positions[:, None, :, None]
+            query = query.reshape(rows, kv_heads, heads // kv_heads, head_dim)
+            return attend(query, key, value, attn_mask=visible).view(rows, heads, 1, head_dim)
+        key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+        if all_seen and length == seq_len:
+            return attend(query, key, value, is_causal=True)
+        parts, columns = [], torch.arange(length, device=key.device)
+        for start in range(0, seq_len, 1024):  # bounds the mask: linear in the length
+            visible = columns <= call.positions[:, None, start : start + 1024, None]
+            parts.append(attend(query[:, :, start : start + 1024], key, value, attn_mask=visible))
+        return torch.cat(parts, 2)
+
     def _append(self, buffer, new, call: Call):
-        """Write the call's tokens at their positions, in a buffer that grows by the call's columns unless it is fixed."""
-        seq_len = new.shape[1]
+        """The keys or values (rows, kv heads, columns, head_dim) with the call's tokens (rows, seq_len, ...) at their positions.
+
+        A buffer that may be written in place is; one that is too short grows, by more than the call needs if it is to be
+        written in place later.
+        """
+        new = as_dtype(new, buffer.dtype).transpose(1, 2)  # under autocast another than the cache's
+        rows, heads, seq_len, head_dim = new.shape
+        end, missing = call.filled, 0
         if not call.fixed_columns:
-            buffer = torch.cat([buffer, buffer.new_zeros(new.shape)], 1)
-        new = as_dtype(new, buffer.dtype)  # under autocast another than the cache's
-        index = call.positions.expand(new.shape[0], seq_len)
-        if (
-            call.lengths is not None
-        ):  # behind a row's last token: put back what is there, at a place nothing else takes
-            index = torch.where(
-                call.real(), index, torch.arange(seq_len, device=new.device) - seq_len + buffer.shape[1]
-            )
-            new = torch.where(call.real()[..., None, None], new, take_rows(buffer, index))
-        index = index.view(*index.shape, 1, 1).expand_as(new)
-        return buffer.scatter(1, index, new)
+            missing = seq_len if call.columns is None else max(0, call.columns - buffer.shape[2])
+            if missing and call.in_place and call.columns is not None:
+                missing += ROOM
+        if end is not None:
+            if not missing and call.may_overwrite(buffer):
+                buffer[:, :, end - seq_len : end] = new
+                return buffer
+            room = buffer.shape[2] + missing - end
+            behind = buffer.new_zeros(rows, heads, room, head_dim) if missing else buffer[:, :, end:]
+            return torch.cat([buffer[:, :, : end - seq_len], new, behind], 2)
+        if missing:
+            buffer = torch.cat([buffer, buffer.new_zeros(rows, heads, missing, head_dim)], 2)
+        index = call.positions.expand(rows, seq_len)
+        real = call.real()
+        if real is not None:  # behind a row's last token: put back what is there, at a place nothing else takes
+            last = torch.arange(buffer.shape[2] - seq_len, buffer.shape[2], device=new.device)
+            index = torch.where(real, index, last)
+        index = index[:, None, :, None].expand_as(new)
+        if real is not None:
+            new = torch.where(real[:, None, :, None], new, buffer.gather(2, index))
+        return call.scatter(buffer, 2, index, new)
 
 
 class BMojoWindowAttention(BMojoAttention):

@@ -21,8 +21,9 @@ _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on
     "position_embedding_type rope_interleave key_multiplier attention_conv_kernel fading_query "
     "use_short_conv use_v_conv"
 ).split()
-_FORMAT = "bmojo-cache-3"  # of saved caches
+_FORMAT = "bmojo-cache-4"  # of saved caches
 GROWING = ("full_key", "full_value")  # the tensors of a state that hold every column seen
+ROOM = 64  # columns more than needed by which these grow, so that not every token copies them
 _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and further while the log holds fewer tokens
 
 
@@ -38,7 +39,7 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
     """Name, shape of one row, and kind of every tensor in the state of a layer of that type.
 
     Kinds: "model", the dtype of the activations; "wide", that dtype but at least float32; "int64". The tensors "full_key"
-    and "full_value" are the only ones that grow: their first axis, 0 here, is the number of columns seen.
+    and "full_value" are the only ones that grow: their second axis, 0 here, is the number of columns seen.
 
     "window_innovation" and "eidetic_innovation" are what the memory's choice compares: with `innovation_half_life` what is left
     of innovations (`BMojoMixer.score`).
@@ -62,7 +63,7 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
         if kind == "gated_kalmanet":
             shapes["kk_ssm"] = shapes["ssm"]
     if layer_type in ("full_attention", "hybrid"):
-        shapes |= dict.fromkeys(GROWING, ((0, heads, head_dim), "model"))
+        shapes |= dict.fromkeys(GROWING, ((heads, 0, head_dim), "model"))
     if config.attention_conv_kernel and layer_type in ("full_attention", "sliding_attention", "hybrid"):
         channels = (config.num_attention_heads + 2 * heads) * head_dim
         shapes["qkv_conv"] = ((config.attention_conv_kernel - 1, channels), "model")
@@ -120,7 +121,7 @@ def new_state(config, layer_type: str, like: torch.Tensor, columns: int = 0) -> 
     state = {}
     for name, (shape, kind) in state_shapes(config, layer_type).items():
         if name in GROWING:
-            shape = (columns, *shape[1:])
+            shape = (shape[0], columns, *shape[2:])
         state[name] = torch.zeros((like.shape[0], *shape), dtype=kinds[kind], device=like.device)
     if "eidetic_position" in state:
         state["eidetic_position"].fill_(-1)
@@ -394,7 +395,7 @@ class BMojoCache(Cache):
             for layer, before, replay in zip(self.layers, call["before"], call["replays"], strict=True):
                 layer.state = before if remove >= columns else replay(lengths)
                 if "full_key" in layer.state and self.max_cache_len is None:  # give back the columns, too
-                    shorter = {name: layer.state[name][:, : self.seen_tokens].clone() for name in GROWING}
+                    shorter = {name: layer.state[name][:, :, : self.seen_tokens].clone() for name in GROWING}
                     layer.state = layer.state | shorter
             self.lengths = call["lengths"] + lengths.to(call["lengths"].device)
             remove -= min(remove, columns)
@@ -403,15 +404,17 @@ class BMojoCache(Cache):
     # -- size and storage ----------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the cache by name, batch first."""
+        """Every tensor of the cache by name, batch first; of what grows the columns that have been seen."""
         named = {f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.state.items()}
+        if self.max_cache_len is None:
+            named = {k: t[:, :, : self.seen_tokens] if k.endswith(GROWING) else t for k, t in named.items()}
         return named if self.lengths is None else {"lengths": self.lengths, **named}
 
     def num_bytes(self) -> int:
         """Bytes of all tensors: see the formula above.
 
-        Not counted are the log of a recording cache and the model's tables for the tokens of a chunk, `steps`, one for the
-        whole cache and of a constant size.
+        Not counted are the log of a recording cache, the columns (64 at most) that keys of full attention have to spare, and
+        the model's tables for the tokens of a chunk, `steps`, one for the whole cache and of a constant size.
         """
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
@@ -485,6 +488,6 @@ def cache_bytes(config, rows: int, dtype: torch.dtype, columns: int = 0) -> int:
     total = torch.int64.itemsize
     for layer_type in config.layers_block_type:
         for name, (shape, kind) in state_shapes(config, layer_type).items():
-            shape = (columns, *shape[1:]) if name in GROWING else shape
+            shape = (shape[0], columns, *shape[2:]) if name in GROWING else shape
             total += torch.Size(shape).numel() * sizes[kind]
     return rows * total

@@ -82,6 +82,8 @@ class Call:
         lead: the largest phase, or chunk - 1 where asking would stop a GPU or a compiler.
         step: of a single token with a cache.
         state_only: nothing asks for what a layer says, only for its new state.
+        columns: in the cache after the call, padding included; None without cache, or while a compiler traces.
+        even: whether all columns before the call held a token.
         rings: by size of a ring what `write_ring` needs to know, once it has been worked out.
         chunks: how many chunks have tokens, once a layer has asked.
     """
@@ -102,12 +104,15 @@ class Call:
         lead: int,
         step: Step | None,
         state_only: bool = False,
+        columns: int | None = None,
+        even: bool = False,
     ):
         self.past, self.lengths, self.positions = past, lengths, positions
         self.table, self.cos, self.sin, self.scaling = table, cos, sin, scaling
         self.in_place, self.any_mode, self.fixed_columns = in_place, any_mode, fixed_columns
         self.phase, self.lead = phase, lead
         self.step, self.state_only = step, state_only
+        self.columns, self.even = columns, even
         self.rings, self.chunks = {}, None
 
     def fields(self) -> dict:
@@ -121,6 +126,11 @@ class Call:
     @property
     def seq_len(self) -> int:
         return self.positions.shape[1]
+
+    @property
+    def filled(self) -> int | None:
+        """How many columns the cache has after the call, if every one of them holds a token of every row."""
+        return self.columns if self.even and self.lengths is None else None
 
     @property
     def past_column(self) -> torch.Tensor | int:
@@ -171,6 +181,10 @@ class Call:
         if self.lengths is not None:
             wanted = (self.lengths > 0).view(-1, *[1] * (state.dim() - 1))
             new = torch.where(wanted, new, state.gather(dim, index))
+        return self.scatter(state, dim, index, new)
+
+    def scatter(self, state: torch.Tensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """The state with `new`, of its dtype, scattered at `index` along `dim`; in place where it may be."""
         if not self.may_overwrite(state):
             return state.scatter(dim, index, new)
         # as integers, for torch scatters 16-bit floats on a CPU through a copy of them all

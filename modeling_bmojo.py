@@ -394,13 +394,16 @@ class BMojoModel(BMojoPreTrainedModel):
         in_place = cache is not None and not cache.is_recording_past() and not torch.is_grad_enabled()
         fixed_columns = cache is not None and cache.max_cache_len is not None
         any_mode = compiling or torch.is_inference_mode_enabled()
+        counted = cache is not None and not compiling
+        columns = {"columns": cache.seen_tokens + seq_len, "even": cache.even} if counted else {}
         single = past is not None and seq_len == 1
         if single and cache.even and lengths is None and not compiling and not torch.is_grad_enabled():
             scaling, step, lead = self._prepared_step(like, cache, table)
             positions = past[:, None]
             cos, sin = table(positions) if self.plan.turns_alone else (None, None)
+            rotation = table, cos, sin, scaling
             return Call(
-                *(past, None, positions, table, cos, sin, scaling, in_place, any_mode, fixed_columns, None, lead, step)
+                *(past, None, positions, *rotation, in_place, any_mode, fixed_columns, None, lead, step), **columns
             )
         _, scaling = rotary_frequencies(self.config)
         positions = torch.arange(seq_len, device=like.device)[None]
@@ -418,6 +421,7 @@ class BMojoModel(BMojoPreTrainedModel):
         call = Call(
             *(past, lengths, positions, table, cos, sin, scaling, in_place, any_mode, fixed_columns, phase, lead),
             step=None,
+            **columns,
         )
         if single:
             boundary = phase == 0

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bmojo.cache_bmojo import BMojoCache, cache_bytes, memory_slots
+from bmojo.cache_bmojo import GROWING, ROOM, BMojoCache, cache_bytes, memory_slots
 
 
 WINDOW = 5  # of the tiny models; their chunks are of 3
@@ -182,6 +182,9 @@ def test_bytes(tiny_model, changes, rows, dtype):
         seen = cache.get_seq_length()
         steps = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors_within(cache.steps))
         tables.append(steps)  # of the positions in a chunk: no state, and the same for all rows
+        spare = [t[:, :, seen:] for layer in cache.layers for name, t in layer.state.items() if name in GROWING]
+        assert max((t.shape[2] for t in spare), default=0) <= ROOM
+        steps += sum(tensor.numel() * tensor.element_size() for tensor in spare)
         held = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors_within(cache)) - steps
         assert (
             cache.num_bytes()
@@ -547,7 +550,9 @@ def poison(cache: BMojoCache, value: float) -> int:
             if name in ("key", "value"):
                 slots = memory_slots(cache.config, layer_type).items()
                 parts += [(span, tensor[:, :, part].transpose(1, 2)) for span, part in slots]
-            elif name in ("full_key", "full_value", "history", "window_innovation"):
+            elif name in ("full_key", "full_value"):
+                parts.append((name, tensor.transpose(1, 2)))
+            elif name in ("history", "window_innovation"):
                 parts.append((name, tensor))
         for span, part in parts:
             slots = torch.arange(part.shape[1])
