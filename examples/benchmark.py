@@ -64,6 +64,7 @@ QUICK_LENGTHS = {
     "memory train": (),
     "memory prefill": (2048,),
 }
+ASIDE = ("bmojo-full",)  # entrants that have to be asked for
 QUICK_ENTRANTS = ["bmojo", "bmojo-s6", "mistral", "llama", "mamba2", "falcon-h1"]
 PROBES = (128, 256)  # tokens: short calls that tell how an entrant's time grows
 
@@ -106,6 +107,7 @@ def make_entrants(s: Sizes = Sizes()) -> dict[str, Entrant]:
     attention |= {"max_position_embeddings": 2**17}
     bmojo = attention | {"sliding_window": s.window, "eidetic_size": s.eidetic_size, "eidetic_chunk_size": 64}
     bmojo |= {"mamba_head_dim": head_dim, "expand": 2, "n_groups": 1}
+    full = attention | {"layers_block_type": ["full_attention"] * s.layers}
     falcon = {"mamba_n_heads": inner // head_dim, "mamba_d_head": head_dim, "mamba_d_ssm": inner, "mamba_d_state": 64}
     qwen = {"head_dim": head_dim, "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
     qwen |= {"linear_num_key_heads": heads, "linear_num_value_heads": 2 * heads, "num_experts": 0}
@@ -116,6 +118,7 @@ def make_entrants(s: Sizes = Sizes()) -> dict[str, Entrant]:
     return {
         "bmojo": Entrant("B'MOJO, SSD", "BMojoForCausalLM", bmojo | {"ssm_type": "mamba2", "state_size": 64}),
         "bmojo-s6": Entrant("B'MOJO, S6", "BMojoForCausalLM", bmojo | {"ssm_type": "mamba", "state_size": 16}),
+        "bmojo-full": Entrant("full attention of ours", "BMojoForCausalLM", full),
         "mistral": Entrant("Mistral", "MistralForCausalLM", attention | {"sliding_window": s.window}),
         "llama": Entrant("Llama", "LlamaForCausalLM", attention),
         "mamba": Entrant("Mamba", "MambaForCausalLM", s6 | deep, has_mlp=False),
@@ -547,7 +550,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument("--" + field.replace("_", "-"), type=int, default=value, help=f"default {value}")
     options = parser.parse_args(argv)
     options.command = shlex.join(["python", "examples/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
-    options.entrants = list(dict.fromkeys(options.entrants or (QUICK_ENTRANTS if options.quick else ENTRANTS)))
+    usual = QUICK_ENTRANTS if options.quick else [name for name in ENTRANTS if name not in ASIDE]
+    options.entrants = list(dict.fromkeys(options.entrants or usual))
     options.once_above = 0.25 if options.quick else 20  # seconds of a call that is made in one round only
     options.decode_tokens = 16 if options.quick else 32  # per turn
     if unknown := [name for name in options.entrants if name not in ENTRANTS]:

@@ -205,7 +205,7 @@ def cache_of_row(cache, row):
     """The tensors of one row of a cache, as those of the row alone: without columns that `full_attention` never filled."""
     length = int(cache.lengths[row])
     rows = {name: tensor[row].clone() for name, tensor in cache.tensors().items()}  # decoding writes in place
-    return {name: tensor[:length] if ".full_" in name else tensor for name, tensor in rows.items()}
+    return {name: tensor[:, :length] if ".full_" in name else tensor for name, tensor in rows.items()}
 
 
 def assert_same_state(got, want, tolerance=1e-9):
