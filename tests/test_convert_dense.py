@@ -170,6 +170,26 @@ def test_any_options_convert_exactly(kind):
     check()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_converted_llama_writes_what_llama_writes(padded, settings, tmp_path):
+    """Through some hundred columns, for which the keys of full attention grow several times."""
+    fields = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs = make("llama", fields | {"num_key_value_heads": 2, "max_position_embeddings": 512}, 0)
+    theirs.save_pretrained(tmp_path / "llama")
+    convert(tmp_path / "llama", tmp_path / "bmojo", progress=False, say=lambda line: None)
+    ours = BMojoForCausalLM.from_pretrained(tmp_path / "bmojo", dtype=torch.float64).eval()
+    ids = torch.randint(3, 41, (3, 70), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :9] = mask[1, :64] = 0
+    common = {"attention_mask": mask, "min_new_tokens": 150, "max_new_tokens": 150, "do_sample": False}
+    want = theirs.double().generate(ids, **common, **settings)
+    assert want.shape == (3, 220)
+    assert len(want[:, 70:].unique()) > 10, "it does not repeat itself only"
+    assert torch.equal(ours.generate(ids, **common, **settings), want)
+
+
 REFUSED = [
     (
         "llama",
