@@ -148,18 +148,18 @@ class BMojoAttention(nn.Module):
     def _append(self, buffer, new, call: Call):
         """The keys or values (rows, kv heads, columns, head_dim) with the call's tokens (rows, seq_len, ...) at their positions.
 
-        A buffer that may be written in place is; one that is too short grows, by more than the call needs if it is to be
-        written in place later.
+        Without gradients a buffer is written in place, even while the past is recorded: what the state before it holds stays as
+        it is. One that is too short grows, by more than this call needs.
         """
         new = as_dtype(new, buffer.dtype).transpose(1, 2)  # under autocast another than the cache's
         rows, heads, seq_len, head_dim = new.shape
         end, missing = call.filled, 0
         if not call.fixed_columns:
             missing = seq_len if call.columns is None else max(0, call.columns - buffer.shape[2])
-            if missing and call.in_place and call.columns is not None:
+            if missing and call.columns is not None and not torch.is_grad_enabled():
                 missing += ROOM
         if end is not None:
-            if not missing and call.may_overwrite(buffer):
+            if not missing and call.may_write(buffer):
                 buffer[:, :, end - seq_len : end] = new
                 return buffer
             room = buffer.shape[2] + missing - end
@@ -175,7 +175,7 @@ class BMojoAttention(nn.Module):
         index = index[:, None, :, None].expand_as(new)
         if real is not None:
             new = torch.where(real[:, None, :, None], new, buffer.gather(2, index))
-        return call.scatter(buffer, 2, index, new)
+        return call.scatter(buffer, 2, index, new, call.may_write(buffer))
 
 
 class BMojoWindowAttention(BMojoAttention):

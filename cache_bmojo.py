@@ -394,7 +394,8 @@ class BMojoCache(Cache):
             self.seen_tokens -= min(remove, columns)
             for layer, before, replay in zip(self.layers, call["before"], call["replays"], strict=True):
                 layer.state = before if remove >= columns else replay(lengths)
-                if "full_key" in layer.state and self.max_cache_len is None:  # give back the columns, too
+                grown = layer.state["full_key"].shape[2] if "full_key" in layer.state else 0
+                if self.max_cache_len is None and grown > self.seen_tokens + ROOM:  # give back the columns, too
                     shorter = {name: layer.state[name][:, :, : self.seen_tokens].clone() for name in GROWING}
                     layer.state = layer.state | shorter
             self.lengths = call["lengths"] + lengths.to(call["lengths"].device)

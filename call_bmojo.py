@@ -172,8 +172,13 @@ class Call:
         return take_rows(x, self.phase + torch.arange(self.seq_len, device=x.device)) if self.lead else x
 
     def may_overwrite(self, state: torch.Tensor) -> bool:
-        """Whether a tensor of the cache may be written in place: no open graph needs it as it is."""
-        return self.in_place and not state.requires_grad and (self.any_mode or not state.is_inference())
+        """Whether what a tensor of the cache holds may be overwritten: nothing needs it as it is."""
+        return self.in_place and self.may_write(state)
+
+    def may_write(self, state: torch.Tensor) -> bool:
+        """Whether a tensor of the cache may be written to where it holds nothing yet: no gradient is recorded."""
+        free = not torch.is_grad_enabled() and not state.requires_grad
+        return free and (self.any_mode or not state.is_inference())
 
     def put(self, state: torch.Tensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """The state with `new` scattered at `index` along `dim`, for rows that have a token."""
@@ -181,11 +186,12 @@ class Call:
         if self.lengths is not None:
             wanted = (self.lengths > 0).view(-1, *[1] * (state.dim() - 1))
             new = torch.where(wanted, new, state.gather(dim, index))
-        return self.scatter(state, dim, index, new)
+        return self.scatter(state, dim, index, new, self.may_overwrite(state))
 
-    def scatter(self, state: torch.Tensor, dim: int, index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """The state with `new`, of its dtype, scattered at `index` along `dim`; in place where it may be."""
-        if not self.may_overwrite(state):
+    @staticmethod
+    def scatter(state: torch.Tensor, dim: int, index: torch.Tensor, new: torch.Tensor, in_place: bool) -> torch.Tensor:
+        """The state with `new`, of its dtype, scattered at `index` along `dim`."""
+        if not in_place:
             return state.scatter(dim, index, new)
         # as integers, for torch scatters 16-bit floats on a CPU through a copy of them all
         if state.is_cpu and state.element_size() == 2:

@@ -733,3 +733,26 @@ def test_loss_of_a_part_behind_padding_in_the_cache(tiny_model):
     loss = model(ids[:, 12:], attention_mask=mask, labels=ids[:, 12:], cache=cache).loss
     logits = whole(model, ids, mask)[:, 12:-1]
     assert abs(loss - nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 13:].flatten())) < 1e-5
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_record_of_the_past_copies_no_keys_of_full_attention(tiny_model, padded):
+    """What was there stays as it is, so that one buffer serves every state of the log, and what comes back is right."""
+    model = tiny_model(layers_block_type=["full_attention", "bmojo"], dtype=torch.float64)
+    ids, cache = random_ids(2, 40), BMojoCache(model.config)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :5] = mask[1, 22:25] = 0
+    with torch.no_grad():
+        model(ids[:, :20], attention_mask=mask[:, :20], cache=cache)
+        cache.activate_past_recording()
+        places = set()
+        for at in range(20, 40):
+            model(ids[:, at : at + 1], attention_mask=mask[:, at : at + 1], cache=cache)
+            places.add(cache.layers[0].state["full_key"].data_ptr())
+        assert places == {cache.layers[0].state["full_key"].data_ptr()}
+        cache.crop(-9)
+        got = model(ids[:, 31:], attention_mask=mask[:, 31:], cache=cache).logits
+        want = model(ids, attention_mask=mask, use_cache=False).logits[:, 31:]
+    real = mask[:, 31:].bool()
+    torch.testing.assert_close(got[real], want[real], rtol=1e-10, atol=1e-10)
