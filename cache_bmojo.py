@@ -19,7 +19,7 @@ _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on
     "mamba_intermediate_size mamba_use_pos_emb eidetic_size eidetic_chunk_size eidetic_position innovation_signal "
     "innovation_predictor innovation_kernel innovation_half_life fading_span tie_attn_weights use_qk_norm rope_parameters "
     "position_embedding_type rope_interleave key_multiplier attention_conv_kernel fading_query "
-    "use_short_conv use_v_conv"
+    "softmax_scale use_short_conv use_v_conv"
 ).split()
 _FORMAT = "bmojo-cache-4"  # of saved caches
 GROWING = ("full_key", "full_value")  # the tensors of a state that hold every column seen

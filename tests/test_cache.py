@@ -383,6 +383,7 @@ def test_load_knows_files_from_before_a_field(tiny_model, tmp_path):
         {"innovation_signal": "layer_input"},
         {"innovation_kernel": 4},
         {"key_multiplier": 2.0},
+        {"softmax_scale": 0.2},
     ],
 )
 def test_load_refuses_a_model_that_would_go_on_in_another_way(tiny_config, tmp_path, other):
