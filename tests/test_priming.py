@@ -130,6 +130,9 @@ def test_the_fading_memory_comes_from_attention(source, primed):
             biases = new[f"{here}fading.in_proj.bias"].split([inner, grouped, grouped, inner, heads])
             for got, name in zip(biases[1:4], "vkq", strict=True):
                 assert torch.equal(got, old[f"{there}{name}_proj.bias"].float())
+            repeated = old[f"{there}v_proj.bias"].float().view(keys, 1, depth).expand(keys, heads // keys, depth)
+            assert torch.equal(biases[0], repeated.flatten() / 2)
+            assert (biases[4] == 0).all()
         assert (new[f"{here}fading.dynamics.A_log"] >= 0).all()
         assert new[f"{here}fading.dynamics.dt_bias"].std() > 0
 

@@ -165,7 +165,8 @@ LEARNABLE = {"innovation_predictor": "learnable", "innovation_loss_coef": 0.5}
         pytest.param(LEARNABLE, "none", id="learnable"),  # its mean error equals the mean of means for equal lengths
     ],
 )
-def test_accumulated_micro_batches_equal_one_batch(tiny_model, ids, overrides, side):
+@pytest.mark.parametrize("shifted", [False, True])
+def test_accumulated_micro_batches_equal_one_batch(tiny_model, ids, overrides, side, shifted):
     model = tiny_model(dtype=torch.float64, **overrides).train()
     ids, mask = pad(ids, side)
     labels = ids.masked_fill(mask == 0, -100)
@@ -175,6 +176,11 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_model, ids, overrides, s
     parts = []
     for row in range(4):
         inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if (
+            shifted
+        ):  # as Trainer gives them where it has split the sequence; of the labels themselves nothing is read then
+            masked = labels.masked_fill(F.pad(mask, (1, 0))[:, :-1] == 0, -100)
+            inputs |= {"shift_labels": F.pad(masked[:, 1:], (0, 1), value=-100), "labels": torch.zeros_like(labels)}
         loss = model(**{name: x[row : row + 1] for name, x in inputs.items()}, num_items_in_batch=items).loss
         loss.backward()
         parts.append(loss.detach())
@@ -516,6 +522,29 @@ def test_initial_weights_are_the_documented_ones(tiny_model, ssm_type):
     assert 0.00999 <= rates.min() < 0.011
     assert 0.046 < rates.max() <= 0.05001
     assert rates.log().mean().exp().item() == pytest.approx(math.sqrt(0.01 * 0.05), rel=0.1)  # log-uniform
+
+
+@pytest.mark.parametrize("ssm_type", ["mamba", "mamba2"])
+def test_initial_time_steps_have_a_floor(tiny_model, ssm_type):
+    model = tiny_model(ssm_type=ssm_type, time_step_min=1e-5, time_step_max=0.1, time_step_floor=0.01)
+    steps = torch.cat([F.softplus(x.detach()) for name, x in model.named_parameters() if name.endswith("dt_bias")])
+    assert steps.min().item() == pytest.approx(0.01, rel=1e-4)
+    assert 0.01 < steps.max() <= 0.1001
+
+
+def test_learned_mixtures_of_value_heads_begin_as_repetitions(tiny_model):
+    model = tiny_model(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        ssm_type="gated_deltanet",
+        tie_attn_weights=False,
+        kv_proj_rank=3,
+        kv_learnable_residual=True,
+    )
+    mixtures = [parameter for name, parameter in model.named_parameters() if name.endswith("mixture")]
+    assert mixtures
+    for mixture in mixtures:
+        assert torch.equal(mixture, torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]]))
 
 
 def test_initializer_range_defaults_to_the_width(tiny_model):
