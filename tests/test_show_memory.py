@@ -262,7 +262,7 @@ def test_the_program_writes_a_small_page_of_the_shipped_model(program, tmp_path,
     assert len(page.spans) == 300
     assert kept(page)
     assert (tmp_path / "new" / "page.html").stat().st_size < 100_000
-    assert "layer 2: 129 of 256 places" in capsys.readouterr().out
+    assert "layer 2: 129 of 512 places" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
