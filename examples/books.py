@@ -13,6 +13,9 @@ from their first token on, once, through the cache, and every token is predicted
     rare repeated pairs   the loss of tokens whose pair with the token before is (nearly) absent from the training text and has
                           occurred in this book: within the reach of the stacked windows (layers x 2 windows), or only
                           beyond it. Names mostly. "first" is the loss at first occurrences: how much is gained by memory.
+    read afresh           the same tokens predicted from all before them, and from no more than the training length: whether a
+                          longer past harms, whatever the books are like there. (Every segment of --seq-len tokens starts
+                          without a past; the tokens of its second half count.)
 
 With --trained nothing is trained: that model reads the books as it is, and again with its eidetic memory filled by
 each of the other choices, and with none.
@@ -175,6 +178,7 @@ def measure(model, tokenizer, title: str, books: list[Path], common: np.ndarray,
     result = {
         "positions": {name: [] for name in names},
         "rare": {"first": [], "within": [], "beyond": []},
+        "afresh": {name: [] for name, low in zip(names, edges, strict=False) if low >= args.seq_len},
         "books": [],
     }
     for path in books:
@@ -184,9 +188,12 @@ def measure(model, tokenizer, title: str, books: list[Path], common: np.ndarray,
         if len(ids) < args.length:
             continue
         ids = [tokenizer.eos_token_id, *ids]
-        nats = token_bits(model, ids, args.seq_len, carry=True).numpy() * math.log(2)
+        nats, afresh = (token_bits(model, ids, args.seq_len, carry).numpy() * math.log(2) for carry in (True, False))
+        late = np.arange(args.length) % args.seq_len >= args.seq_len // 2
         for name, low, high in zip(names, edges, edges[1:], strict=False):
             result["positions"][name].append(float(nats[low:high].mean()))
+            if name in result["afresh"]:
+                result["afresh"][name].append([float(x[low:high][late[low:high]].mean()) for x in (nats, afresh)])
         keys, ago = pair_keys(np.array(ids)), distances(np.array(ids))
         is_rare = ~np.isin(keys, common)
         for name, chosen in (("first", ago == 0), ("within", (ago > 0) & (ago <= reach)), ("beyond", ago > reach)):
@@ -325,6 +332,22 @@ def summarise(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def summarise_afresh(results: dict[str, list[dict]]) -> str:
+    """A table in Markdown: loss of the same tokens from all before them / from no more than the training length, means of the seeds.
+
+    Empty where no result says it: those of an earlier version do not.
+    """
+    results = {name: found for name, found in results.items() if all(seed.get("afresh") for seed in found)}
+    if not results:
+        return ""
+    spans = list(next(iter(results.values()))[0]["afresh"])
+    lines = ["| model | " + " | ".join(spans) + " |", "|" + " --- |" * (len(spans) + 1)]
+    for model, found in results.items():
+        losses = np.array([[np.mean(values, 0) for values in result["afresh"].values()] for result in found]).mean(0)
+        lines.append(f"| {model} | " + " | ".join(f"{all_:.3f} / {afresh:.3f}" for all_, afresh in losses) + " |")
+    return "\n".join(lines)
+
+
 def plot(results: dict[str, list[dict]], seq_len: int | None, target: Path):
     """Draw loss over position, and that of the rare pairs, means and range of the seeds; a line at seq_len, where training ended."""
     try:
@@ -383,6 +406,8 @@ def main():
     check_length(books, AutoTokenizer.from_pretrained(source, trust_remote_code=True), args.length)
     keep_options(output, args)
     results = compare_choices(books, args) if args.trained else compare_models(books, args)
+    if table := summarise_afresh(results):
+        print(f"\nFrom all before / from at most {args.seq_len} tokens:\n{table}", flush=True)
     results = add_to(output / "books.json", results)
     plot(results, None if args.trained else args.seq_len, output / "books.png")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,8 +94,28 @@ def test_what_is_measured(trained):
     table = books.summarise({"m": [everything, worse]})
     loss = everything["positions"]["256-512"][0]
     assert f"| {loss + 0.05:.3f} [{loss:.3f}, {loss + 0.1:.3f}] |" in table
+    assert books.summarise_afresh({"m": [everything | {"afresh": {}}], "n": [{}]}) == ""
     books.plot({"m": [everything, worse], "n": [nothing]}, 256, trained / "books.png")
     assert (trained / "books.png").stat().st_size > 10_000
+
+
+def test_the_same_tokens_are_read_with_a_shorter_past(trained):
+    """Against forward calls without cache: of every 256 tokens the second half, from all before them and from those 256 alone."""
+    args = argparse.Namespace(length=1024, seq_len=256, max_books=5)
+    model, tokenizer = load_model(str(trained / "m" / "final"))
+    found = books.measure(model, tokenizer, "m", [trained / "book.txt"], np.array([], dtype=np.int64), args)
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer((trained / "book.txt").read_text())["input_ids"][:1024]]])
+    with torch.no_grad():
+        whole = F.cross_entropy(model(ids[:, :-1], use_cache=False).logits[0], ids[0, 1:], reduction="none")
+        parts = [model(part, use_cache=False).logits[0] for part in ids[:, :-1].split(256, 1)]
+        afresh = F.cross_entropy(torch.cat(parts), ids[0, 1:], reduction="none")
+    assert list(found["afresh"]) == ["256-512", "512-1024"]
+    for name, places in (("256-512", [*range(384, 512)]), ("512-1024", [*range(640, 768), *range(896, 1024)])):
+        want = [whole[places].mean().item(), afresh[places].mean().item()]
+        assert found["afresh"][name] == [pytest.approx(want, abs=1e-4)]
+        assert abs(want[0] - want[1]) > 1e-3
+    (all_, one), *_ = found["afresh"]["256-512"]
+    assert f"| m | {all_:.3f} / {one:.3f} |" in books.summarise_afresh({"m": [found]})
 
 
 def test_rates_are_chosen_by_the_first_seed_and_nothing_is_trained_twice(tmp_path, monkeypatch, capsys):
