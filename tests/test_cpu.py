@@ -1035,6 +1035,7 @@ def test_a_projection_that_is_more_than_a_product_is_called(own_products, monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [None, [1, 0]])
+@torch.no_grad()
 def test_a_cache_is_written_in_place_bit_by_bit(dtype, lengths):
     """16-bit floats go in as integers, NaN and all; a row without a token stays as it is."""
     random = randoms(0)
