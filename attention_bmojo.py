@@ -158,15 +158,13 @@ class BMojoAttention(nn.Module):
             missing = seq_len if call.columns is None else max(0, call.columns - buffer.shape[2])
             if missing and call.columns is not None and not torch.is_grad_enabled():
                 missing += ROOM
-        if end is not None:
-            if not missing and call.may_write(buffer):
-                buffer[:, :, end - seq_len : end] = new
-                return buffer
-            room = buffer.shape[2] + missing - end
-            behind = buffer.new_zeros(rows, heads, room, head_dim) if missing else buffer[:, :, end:]
-            return torch.cat([buffer[:, :, : end - seq_len], new, behind], 2)
         if missing:
             buffer = torch.cat([buffer, buffer.new_zeros(rows, heads, missing, head_dim)], 2)
+        if end is not None:
+            if not call.may_write(buffer):
+                return torch.cat([buffer[:, :, : end - seq_len], new, buffer[:, :, end:]], 2)
+            buffer[:, :, end - seq_len : end] = new
+            return buffer
         index = call.positions.expand(rows, seq_len)
         real = call.real()
         if real is not None:  # behind a row's last token: put back what is there, at a place nothing else takes

@@ -35,11 +35,11 @@ def _differences(described: dict, config) -> str:
     return ", ".join(f"{name} ({then[name]} there, {now[name]} here)" for name in fields)
 
 
-def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], str]]:
+def state_shapes(config, layer_type: str, columns: int = 0) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name, shape of one row, and kind of every tensor in the state of a layer of that type.
 
     Kinds: "model", the dtype of the activations; "wide", that dtype but at least float32; "int64". The tensors "full_key"
-    and "full_value" are the only ones that grow: their second axis, 0 here, is the number of columns seen.
+    and "full_value" are the only ones that grow: their second axis is the number of columns seen.
 
     "window_innovation" and "eidetic_innovation" are what the memory's choice compares: with `innovation_half_life` what is left
     of innovations (`BMojoMixer.score`).
@@ -63,7 +63,7 @@ def state_shapes(config, layer_type: str) -> dict[str, tuple[tuple[int, ...], st
         if kind == "gated_kalmanet":
             shapes["kk_ssm"] = shapes["ssm"]
     if layer_type in ("full_attention", "hybrid"):
-        shapes |= dict.fromkeys(GROWING, ((heads, 0, head_dim), "model"))
+        shapes |= dict.fromkeys(GROWING, ((heads, columns, head_dim), "model"))
     if config.attention_conv_kernel and layer_type in ("full_attention", "sliding_attention", "hybrid"):
         channels = (config.num_attention_heads + 2 * heads) * head_dim
         shapes["qkv_conv"] = ((config.attention_conv_kernel - 1, channels), "model")
@@ -119,9 +119,7 @@ def new_state(config, layer_type: str, like: torch.Tensor, columns: int = 0) -> 
     """The state before the first token, for the batch, dtype and device of `like` (batch, ...)."""
     kinds = {"model": like.dtype, "wide": at_least_float32(like), "int64": torch.int64}
     state = {}
-    for name, (shape, kind) in state_shapes(config, layer_type).items():
-        if name in GROWING:
-            shape = (shape[0], columns, *shape[2:])
+    for name, (shape, kind) in state_shapes(config, layer_type, columns).items():
         state[name] = torch.zeros((like.shape[0], *shape), dtype=kinds[kind], device=like.device)
     if "eidetic_position" in state:
         state["eidetic_position"].fill_(-1)
@@ -488,7 +486,6 @@ def cache_bytes(config, rows: int, dtype: torch.dtype, columns: int = 0) -> int:
     }
     total = torch.int64.itemsize
     for layer_type in config.layers_block_type:
-        for name, (shape, kind) in state_shapes(config, layer_type).items():
-            shape = (shape[0], columns, *shape[2:]) if name in GROWING else shape
+        for shape, kind in state_shapes(config, layer_type, columns).values():
             total += torch.Size(shape).numel() * sizes[kind]
     return rows * total

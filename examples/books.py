@@ -188,12 +188,13 @@ def measure(model, tokenizer, title: str, books: list[Path], common: np.ndarray,
         if len(ids) < args.length:
             continue
         ids = [tokenizer.eos_token_id, *ids]
-        nats, afresh = (token_bits(model, ids, args.seq_len, carry).numpy() * math.log(2) for carry in (True, False))
+        ways = (True, False) if result["afresh"] else (True,)
+        nats, *afresh = (token_bits(model, ids, args.seq_len, carry).numpy() * math.log(2) for carry in ways)
         late = np.arange(args.length) % args.seq_len >= args.seq_len // 2
         for name, low, high in zip(names, edges, edges[1:], strict=False):
             result["positions"][name].append(float(nats[low:high].mean()))
             if name in result["afresh"]:
-                result["afresh"][name].append([float(x[low:high][late[low:high]].mean()) for x in (nats, afresh)])
+                result["afresh"][name].append([float(x[low:high][late[low:high]].mean()) for x in (nats, *afresh)])
         keys, ago = pair_keys(np.array(ids)), distances(np.array(ids))
         is_rare = ~np.isin(keys, common)
         for name, chosen in (("first", ago == 0), ("within", (ago > 0) & (ago <= reach)), ("beyond", ago > reach)):

@@ -176,9 +176,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_model, ids, overrides, s
     parts = []
     for row in range(4):
         inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        if (
-            shifted
-        ):  # as Trainer gives them where it has split the sequence; of the labels themselves nothing is read then
+        if shifted:  # as Trainer gives them where it has split the sequence: the labels themselves are not read
             masked = labels.masked_fill(F.pad(mask, (1, 0))[:, :-1] == 0, -100)
             inputs |= {"shift_labels": F.pad(masked[:, 1:], (0, 1), value=-100), "labels": torch.zeros_like(labels)}
         loss = model(**{name: x[row : row + 1] for name, x in inputs.items()}, num_items_in_batch=items).loss
