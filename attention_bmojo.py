@@ -11,8 +11,8 @@ from .cache_bmojo import ROOM, memory_slots
 from .call_bmojo import (
     Call,
     last_rows,
+    memory_rings,
     predictor_weights,
-    ring_positions,
     score_scale,
     take_rows,
     timeline,
@@ -188,21 +188,25 @@ class BMojoWindowAttention(BMojoAttention):
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.window = config.sliding_window
-        self.slots = memory_slots(config, self.layer_type)
+        self.slots, self.rings = memory_slots(config, self.layer_type), memory_rings(config, self.layer_type)
         names = {"fading": "fading", "memory": "eidetic"}
         self.first_slots = {name: self.slots[span].start for name, span in names.items() if span in self.slots}
 
     def in_cache(self, state, name: str, span: str):
-        """The slots of one memory in the state's "key" or "value", (rows, slots, kv heads, head_dim)."""
-        return state[name][:, :, self.slots[span]].transpose(1, 2)
+        """One memory's part of the state's "key" or "value", and of what waits to be seen, (rows, slots, kv heads, head_dim)."""
+        held = state[name][:, :, self.slots[span]]
+        if span == "fading" and self.rings[span].waiting:
+            held = torch.cat([held, state[f"waiting_{name}"]], 2)
+        return held.transpose(1, 2)
 
     def with_past(self, tokens, span: str, call: Call, state, base, reach: int, length: int):
         """Keys and values for the `reach` positions before base and the `length` from there; without past the call's own."""
         if call.past is None:
             return tokens
-        rings = (self.in_cache(state, name, span) for name in ("key", "value"))
+        past, ring = (self.in_cache(state, name, span) for name in ("key", "value")), self.rings[span]
         return tuple(
-            timeline(new, ring, call, base - reach, reach + length) for new, ring in zip(tokens, rings, strict=True)
+            timeline(new, held, ring, call, base - reach, reach + length)
+            for new, held in zip(tokens, past, strict=True)
         )
 
     def into_cache(self, state, spans: dict, call: Call, *eidetic):
@@ -217,10 +221,14 @@ class BMojoWindowAttention(BMojoAttention):
         new = {}
         for place, name in enumerate(("key", "value")):
             parts = [
-                write_ring(self.in_cache(state, name, span), tokens[place], call) for span, tokens in spans.items()
+                write_ring(self.in_cache(state, name, span), tokens[place], call, self.rings[span]).transpose(1, 2)
+                for span, tokens in spans.items()
             ]
-            parts += [memory.to(state[name].dtype) for memory in eidetic[place : place + 1]]
-            new[name] = torch.cat([part.transpose(1, 2) for part in parts], 2)
+            if waiting := "fading" in spans and self.rings["fading"].waiting:
+                parts[-1], waits = parts[-1].tensor_split((-waiting,), 2)
+                new[f"waiting_{name}"] = waits.clone(memory_format=torch.contiguous_format)
+            parts += [memory.transpose(1, 2).to(state[name].dtype) for memory in eidetic[place : place + 1]]
+            new[name] = torch.cat(parts, 2)
         return new
 
     def put(self, state, call: Call, key, value):
@@ -271,6 +279,7 @@ class BMojoMixer(BMojoWindowAttention):
         self.chunk = config.eidetic_chunk_size
         self.scores_input = config.innovation_signal == "layer_input"
         self.fades, self.tied = config.fading_span, config.tie_attn_weights
+        self.waits = self.fades and self.rings["fading"].waiting > 0
         self.ranked = config.eidetic_position == "rank"
         lasts = config.innovation_half_life is None or config.innovation_predictor in ("recent", "oldest")
         self.forgetting = 0 if lasts else math.log(2) / config.innovation_half_life  # per token
@@ -399,6 +408,10 @@ class BMojoMixer(BMojoWindowAttention):
         kept = self.put(state, call, key.view(rows, rings, -1, self.head_dim), value)
         positions = eidetic_query = None
         fading_query = queries.pop() if self.asks_twice else None
+        if self.waits:
+            kept |= {name: state[name] for name in ("waiting_key", "waiting_value")}
+            if step.boundary is not None:
+                kept |= self.exchange(kept, call)
         if self.memory:
             eidetic_query = queries.pop()
             kept["window_innovation"] = call.put(state["window_innovation"], 1, step.slot, score)
@@ -419,6 +432,25 @@ class BMojoMixer(BMojoWindowAttention):
             in_place=call.may_overwrite(state["key"]) and call.may_overwrite(state["value"]),
         )
         return state | {"key": key, "value": value, "eidetic_innovation": innovation, "eidetic_position": position}
+
+    def exchange(self, state, call: Call):
+        """Keys and values after a chunk boundary, where the chunk's fading tokens go to wait, and as many come to be seen."""
+        ring, heads, head_dim = self.rings["fading"], *state["key"].shape[1::2]
+        last = (
+            call.past_column - ring.period + torch.arange(ring.period, device=call.past.device)
+        )  # the chunk's tokens
+        front, behind = self.slots["fading"].start + (last - ring.size) % ring.front, last % ring.waiting
+        front, behind = (slots[:, None, :, None].expand(-1, heads, -1, head_dim) for slots in (front, behind))
+        boundary, new = call.step.boundary[:, :, None, None], {}
+        for name in ("key", "value"):
+            held, waiting = state[name], state[f"waiting_{name}"]
+            read, ripe = held.gather(2, front), waiting.gather(2, behind)
+            for where, slots, tensor, tokens in (
+                (name, front, held, torch.where(boundary, ripe, read)),
+                (f"waiting_{name}", behind, waiting, torch.where(boundary, read, ripe)),
+            ):
+                new[where] = call.scatter(tensor, 2, slots, tokens, call.may_overwrite(tensor))
+        return new
 
     # -- many tokens ---------------------------------------------------------------------------------------------------
 
@@ -512,12 +544,15 @@ class BMojoMixer(BMojoWindowAttention):
             }
             before |= {name: tokens[name].new_zeros(rows, self.memory, *key.shape[2:]) for name in ("key", "value")}
         else:
-            ring = {name: self.in_cache(state, name, "window") for name in ("key", "value")}
-            held = ring_positions(ring["key"].shape[1], call.past_column - 1).clamp(min=0)
-            ring["key"] = rotate(ring["key"].to(key.dtype), *call.table(held, inverse=True))
-            ring["innovation"] = state["window_innovation"]
+            ring, held = (
+                self.rings["window"],
+                {name: self.in_cache(state, name, "window") for name in ("key", "value")},
+            )
+            at = ring.positions(call.past_column - 1).clamp(min=0)
+            held["key"] = rotate(held["key"].to(key.dtype), *call.table(at, inverse=True))
+            held["innovation"] = state["window_innovation"]
             start, slots = base - self.window - self.chunk + 1, -(-length // self.chunk) * self.chunk
-            tokens = {name: timeline(token, ring[name], call, start, slots) for name, token in tokens.items()}
+            tokens = {name: timeline(token, held[name], ring, call, start, slots) for name, token in tokens.items()}
             slots = torch.arange(slots, device=key.device)
             positions = start + slots
             exists = (positions >= 0) & (positions < call.end())

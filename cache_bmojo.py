@@ -21,7 +21,7 @@ _FINGERPRINT = (  # what a saved cache must agree on with the model that goes on
     "position_embedding_type rope_interleave key_multiplier attention_conv_kernel fading_query "
     "softmax_scale use_short_conv use_v_conv"
 ).split()
-_FORMAT = "bmojo-cache-4"  # of saved caches
+_FORMAT = "bmojo-cache-5"  # of saved caches
 GROWING = ("full_key", "full_value")  # the tensors of a state that hold every column seen
 ROOM = 64  # columns more than needed by which these grow, so that not every token copies them
 _MAX_LOGGED_TOKENS = 1024  # rollback reaches at least one call back, and further while the log holds fewer tokens
@@ -44,8 +44,8 @@ def state_shapes(config, layer_type: str, columns: int = 0) -> dict[str, tuple[t
     "window_innovation" and "eidetic_innovation" are what the memory's choice compares: with `innovation_half_life` what is left
     of innovations (`BMojoMixer.score`).
 
-    Keys and values of all memories of a layer lie in one tensor each, head first, so that one product reads them:
-    `memory_slots` says where.
+    Keys and values that a token may see lie in one tensor each, head first, so that one product reads them all: `memory_slots`
+    says where. Those of fading tokens that are too new to be seen wait in another, "waiting_key" and "waiting_value".
     """
     kind = config.ssm_type if layer_type in (*BMOJO_TYPES, "hybrid") else layer_type
     shapes = {}
@@ -71,6 +71,8 @@ def state_shapes(config, layer_type: str, columns: int = 0) -> dict[str, tuple[t
     if slots:
         total = max(part.stop for part in slots.values())
         shapes |= dict.fromkeys(("key", "value"), ((heads, total, head_dim), "model"))
+    if "fading" in slots and (waiting := 2 * config.sliding_window - (slots["fading"].stop - slots["fading"].start)):
+        shapes |= dict.fromkeys(("waiting_key", "waiting_value"), ((heads, waiting, head_dim), "model"))
     if "eidetic" in slots:
         memory = config.eidetic_size
         shapes |= {"window_innovation": ((slots["window"].stop,), "wide")}
@@ -96,16 +98,20 @@ def convolved_widths(config, kind: str) -> list[int]:
 def memory_slots(config, layer_type: str) -> dict[str, slice]:
     """Which slots of a layer's keys and values belong to which memory: "window", "fading", "eidetic", as far as it has them.
 
-    The first two are rings: the token at position p is in the memory's slot p % size. The window's holds w + c tokens,
-    since a token that has left the window may wait c tokens for the next chunk boundary; the fading ring 2w.
+    The window is a ring: the token at position p is in its slot p % size. It holds w + c tokens, since a token that has left
+    the window may wait c tokens for the next chunk boundary. Of the last 2w fading tokens those are here, w + c of them, that
+    some token of the chunk sees, and the others in "waiting_key" and "waiting_value" (`call_bmojo.FadingRing`); all of them
+    where c is more than half of w.
     """
+    window, chunk = config.sliding_window, config.eidetic_chunk_size
     sizes = {}
     if layer_type == "sliding_attention":
-        sizes["window"] = config.sliding_window
+        sizes["window"] = window
     if layer_type in BMOJO_TYPES:
         memory = config.eidetic_size if layer_type == "bmojo" else 0
-        sizes["window"] = config.sliding_window + (config.eidetic_chunk_size if memory else 0)
-        sizes["fading"] = 2 * config.sliding_window if config.fading_span else 0
+        sizes["window"] = window + (chunk if memory else 0)
+        if config.fading_span:
+            sizes["fading"] = window + (chunk if 2 * chunk <= window else window)
         sizes["eidetic"] = memory
     slots, start = {}, 0
     for name, size in sizes.items():

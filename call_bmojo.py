@@ -84,7 +84,7 @@ class Call:
         state_only: nothing asks for what a layer says, only for its new state.
         columns: in the cache after the call, padding included; None without cache, or while a compiler traces.
         even: whether all columns before the call held a token.
-        rings: by size of a ring what `write_ring` needs to know, once it has been worked out.
+        rings: by ring what `write_ring` needs to know, once it has been worked out.
         chunks: how many chunks have tokens, once a layer has asked.
     """
 
@@ -258,12 +258,71 @@ def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1).index_select(0, (rows + index).flatten()).view(*index.shape, *x.shape[2:])
 
 
-def timeline(new, ring, call: Call, start, length: int):
+@dataclass(frozen=True)
+class Ring:
+    """Where the last `size` tokens of a row lie: the one at position p in slot p % size."""
+
+    size: int
+    moves = False  # a token stays in its slot
+
+    def slots(self, positions, last):
+        """Slots of tokens at `positions` (rows or 1, n), of those that are held when the newest is at `last` (rows or 1, 1)."""
+        return positions % self.size
+
+    def positions(self, last):
+        """Position held by each slot when the newest token is at `last` (rows or 1, 1); negative where empty."""
+        return last - (last - torch.arange(self.size, device=last.device)) % self.size
+
+
+@dataclass(frozen=True)
+class FadingRing(Ring):
+    """Where the last 2w fading tokens lie: in front those that are seen while a chunk lasts, behind them those that wait.
+
+    A token is seen from age w on. So while the chunk of c tokens lasts that begins at s, tokens from s - w + c on are not:
+    they wait, but for those of the chunk itself, each of which takes the slot of the token 2w before it, the last to see
+    that one. When the next chunk begins, they exchange places with the c tokens that have waited longest. Both parts are
+    rings on their own, of `front` = w + c and w - c slots.
+
+    With `front` = 2w none waits, and c is w here.
+    """
+
+    front: int
+
+    @property
+    def waiting(self) -> int:
+        return self.size - self.front
+
+    @property
+    def moves(self) -> bool:
+        return self.waiting > 0
+
+    @property
+    def period(self) -> int:
+        return self.front - self.size // 2
+
+    def slots(self, positions, last):
+        begun = last - last % self.period
+        old = positions < begun
+        front = torch.where(old, positions, positions - self.size) % self.front
+        if not self.waiting:
+            return front
+        waits = old & (positions >= begun - self.waiting)
+        return torch.where(waits, self.front + positions % self.waiting, front)
+
+    def positions(self, last):
+        begun = last - last % self.period
+        front = Ring(self.front).positions(begun - self.waiting - 1)
+        front = torch.where(front <= last - self.size, front + self.size, front)
+        return torch.cat([front, Ring(self.waiting).positions(begun - 1)], 1) if self.waiting else front
+
+
+def timeline(new, held, ring: Ring, call: Call, start, length: int):
     """Lay out past and new tokens by position: slot i holds the token at position start + i.
 
     Args:
         new: tokens of the call, (rows, seq_len, ...).
-        ring: the last tokens before them, position p in slot p % size, (rows, size, ...).
+        held: the last tokens before them, as they lie in a ring, (rows, ring.size, ...).
+        ring: says how.
         start: position of slot 0, (rows, 1) int64.
         length: number of slots.
 
@@ -271,38 +330,39 @@ def timeline(new, ring, call: Call, start, length: int):
         (rows, length, ...). What is not held (before position 0, overwritten in the ring, or behind the call) is
         another token, or what the ring began with.
     """
-    slots = start + torch.arange(length, device=new.device)
-    size = ring.shape[1]
-    index = torch.where(
-        slots >= call.past_column, size + (slots - call.past_column).clamp(max=new.shape[1] - 1), slots % size
-    )
-    return take_rows(torch.cat([ring.to(new.dtype), new], 1), index)
+    positions = start + torch.arange(length, device=new.device)
+    past = call.past_column
+    in_new = ring.size + (positions - past).clamp(max=new.shape[1] - 1)
+    index = torch.where(positions >= past, in_new, ring.slots(positions, past - 1))
+    return take_rows(torch.cat([held.to(new.dtype), new], 1), index)
 
 
-def write_ring(ring, new, call: Call):
-    """The ring after the call: position p in slot p % size, for every row's last real tokens."""
-    size = ring.shape[1]
-    if size not in call.rings:
-        call.rings[size] = _find_newest(size, ring.shape[0], call)
-    index, is_new = call.rings[size]
-    newest = take_rows(new, index).to(ring.dtype)
+def write_ring(held, new, call: Call, ring: Ring | None = None):
+    """What a ring holds after the call, every row's last real tokens; by default that in which position p is in slot p % size."""
+    ring = ring or Ring(held.shape[1])
+    if ring not in call.rings:
+        call.rings[ring] = _find_newest(ring, held.shape[0], call)
+    index, is_new, before = call.rings[ring]
+    newest = take_rows(new, index).to(held.dtype)
     if is_new is None:
         return newest
-    return torch.where(is_new.view(*is_new.shape, *[1] * (ring.dim() - 2)), newest, ring)
+    if before is not None:
+        held = take_rows(held, before)
+    return torch.where(is_new.view(*is_new.shape, *[1] * (held.dim() - 2)), newest, held)
 
 
-def _find_newest(size: int, rows: int, call: Call):
-    """For every slot of a ring the token of the call that belongs in it, and whether there is one (None: in all)."""
-    position = ring_positions(size, call.end() - 1)
-    index = (position - call.past_column).clamp(min=0, max=call.seq_len - 1).expand(rows, size)
-    if call.lengths is None and call.seq_len >= size:
-        return index, None
-    return index, ((position >= call.past_column) & (position >= 0)).expand(rows, size)
+def _find_newest(ring: Ring, rows: int, call: Call):
+    """For every slot of a ring which token of the call belongs in it, and whether there is one (None: in all).
 
-
-def ring_positions(size: int, last):
-    """Position held by each slot of a ring whose newest token is at `last` (rows or 1, 1); negative where empty."""
-    return last - (last - torch.arange(size, device=last.device)) % size
+    And in which slot the token was before that belongs in it else; None: in the same.
+    """
+    position = ring.positions(call.end() - 1)
+    index = (position - call.past_column).clamp(min=0, max=call.seq_len - 1).expand(rows, ring.size)
+    if call.lengths is None and call.seq_len >= ring.size:
+        return index, None, None
+    is_new = ((position >= call.past_column) & (position >= 0)).expand(rows, ring.size)
+    before = ring.slots(position, call.past_column - 1) if ring.moves and call.past is not None else None
+    return index, is_new, None if before is None else before.expand(rows, ring.size)
 
 
 def last_rows(previous, new, lengths):
@@ -328,6 +388,15 @@ def score_scale(config) -> float:
     return config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
 
 
+def memory_rings(config, layer_type: str) -> dict[str, Ring]:
+    """How tokens lie in those of the `memory_slots` that are rings, "window" and "fading"."""
+    sizes = {name: slots.stop - slots.start for name, slots in memory_slots(config, layer_type).items()}
+    rings = {"window": Ring(sizes["window"])} if "window" in sizes else {}
+    if "fading" in sizes:
+        rings["fading"] = FadingRing(2 * config.sliding_window, sizes["fading"])
+    return rings
+
+
 def step_plan(config) -> SimpleNamespace:
     """What `make_step` reads of the configuration, whose own attributes are slow to read."""
     names = (
@@ -340,6 +409,7 @@ def step_plan(config) -> SimpleNamespace:
     # layers that rotate a single token by `Call.cos`, not by `Step.cos`
     plan.turns_alone = config.mamba_use_pos_emb or not set(config.layers_block_type) <= {*BMOJO_TYPES, *SSM_TYPES}
     plan.slots = {layer_type: memory_slots(config, layer_type) for layer_type in kinds}
+    plan.rings = {layer_type: memory_rings(config, layer_type) for layer_type in kinds}
     return plan
 
 
@@ -355,10 +425,10 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
         written, visible = [], []
         for span, newest in (("window", 0), ("fading", config.sliding_window)):
             if span in slots:
-                size = slots[span].stop - slots[span].start
-                age = (position - torch.arange(size, device=device)) % size
+                ring, start, stop = config.rings[layer_type][span], slots[span].start, slots[span].stop
+                age = position - ring.positions(position)[:, : stop - start]
                 visible.append((age >= newest) & (age < newest + config.sliding_window) & (age <= position))
-                written.append(slots[span].start + position % size)
+                written.append(start + ring.slots(position, position))
         if "eidetic" in slots:  # filled from the back with the tokens that have left the window at the chunk's start
             begun = position - position % config.eidetic_chunk_size - config.sliding_window + 1
             visible.append(torch.arange(config.eidetic_size, 0, -1, device=device) <= begun)

@@ -27,7 +27,7 @@ TINY = {  # odd sizes on purpose: none is a multiple of another where it need no
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 6,
-    "sliding_window": 5,
+    "sliding_window": 7,
     "mamba_head_dim": 8,
     "state_size": 4,
     "chunk_size": 4,

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bmojo.cache_bmojo import GROWING, ROOM, BMojoCache, cache_bytes, memory_slots
+from bmojo.call_bmojo import FadingRing, memory_rings
 
 
-WINDOW = 5  # of the tiny models; their chunks are of 3
+WINDOW = 7  # of the tiny models; their chunks are of 3
 MIXED = {
     "layers_block_type": ["mamba2", "full_attention", "sliding_attention", "mamba", "bmojo"],
     "num_hidden_layers": 5,
@@ -353,7 +354,7 @@ def test_load_refuses_another_model(tiny_model, tiny_config, tmp_path):
     cache.save(tmp_path / "cache.safetensors")
     other = tiny_config(sliding_window=6, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     with pytest.raises(
-        ValueError, match=r"another configuration: sliding_window \(5 there, 6 here\), rope_parameters"
+        ValueError, match=r"another configuration: sliding_window \(7 there, 6 here\), rope_parameters"
     ):
         BMojoCache.load(tmp_path / "cache.safetensors", other)
 
@@ -370,9 +371,9 @@ def test_load_knows_files_from_before_a_field(tiny_model, tmp_path):
     del fields["mamba_use_pos_emb"], fields["mamba_num_key_value_heads"]
     save_file(load_file(path), path, metadata | {"config": json.dumps(fields)})
     BMojoCache.load(path, model.config)
-    del fields["sliding_window"]  # 512 by default, 5 here
+    del fields["sliding_window"]  # 512 by default, 7 here
     save_file(load_file(path), path, metadata | {"config": json.dumps(fields)})
-    with pytest.raises(ValueError, match=r"another configuration: sliding_window \(512 there, 5 here\)"):
+    with pytest.raises(ValueError, match=r"another configuration: sliding_window \(512 there, 7 here\)"):
         BMojoCache.load(path, model.config)
 
 
@@ -536,6 +537,30 @@ def test_the_log_is_bounded(tiny_model):
     assert_close(read(model, cache, ids[:, 500:520]), whole(model, ids[:, :520])[:, 500:])
 
 
+@pytest.mark.parametrize(
+    ("window", "chunk"), [(7, 3), (6, 3), (17, 2), (4, 1), (2, 1), (8, 4), (5, 3), (4, 9), (1, 1)]
+)
+def test_fading_tokens_lie_where_the_ring_says(window, chunk):
+    """Against tokens that are put and exchanged one by one, as a list would be."""
+    exchanged = 2 * chunk <= window
+    front = window + (chunk if exchanged else window)
+    ring = FadingRing(2 * window, front)
+    held = [-1] * 2 * window  # the position in every slot
+    for t in range(9 * window):
+        if exchanged and t % chunk == 0:
+            for p in range(max(0, t - chunk), t):
+                fresh, ripe = held.index(p), front + p % ring.waiting
+                held[fresh], held[ripe] = held[ripe], held[fresh]
+        held[(t - 2 * window) % front] = t
+        last, recent = torch.tensor([[t]]), torch.arange(max(0, t - 2 * window + 1), t + 1)[None]
+        found = ring.positions(last)[0]
+        assert torch.where(found < 0, -1, found).tolist() == held
+        assert found[ring.slots(recent, last)[0]].tolist() == recent[0].tolist()
+        begun = t - t % chunk
+        seen = [p for p in recent[0].tolist() if any(window <= s - p < 2 * window for s in range(begun, t + 1))]
+        assert set(seen) <= set(held[:front])
+
+
 # -- what was never written --------------------------------------------------------------------------------------------
 
 
@@ -543,7 +568,8 @@ def poison(cache: BMojoCache, value: float) -> int:
     """Overwrite every slot of rings, memories and reserved columns that holds no token; returns how many there are."""
     count = 0
     for layer, layer_type in zip(cache.layers, cache.config.layers_block_type, strict=True):
-        parts = []
+        parts, rings = [], memory_rings(cache.config, layer_type)
+        fading = rings["fading"].positions(cache.lengths[:, None] - 1) if "fading" in rings else None
         for (
             name,
             tensor,
@@ -551,7 +577,7 @@ def poison(cache: BMojoCache, value: float) -> int:
             if name in ("key", "value"):
                 slots = memory_slots(cache.config, layer_type).items()
                 parts += [(span, tensor[:, :, part].transpose(1, 2)) for span, part in slots]
-            elif name in ("full_key", "full_value"):
+            elif name in ("full_key", "full_value", "waiting_key", "waiting_value"):
                 parts.append((name, tensor.transpose(1, 2)))
             elif name in ("history", "window_innovation"):
                 parts.append((name, tensor))
@@ -559,6 +585,10 @@ def poison(cache: BMojoCache, value: float) -> int:
             slots = torch.arange(part.shape[1])
             if span == "eidetic":
                 empty = layer.state["eidetic_position"] < 0
+            elif span == "fading":
+                empty = fading[:, : len(slots)] < 0
+            elif span.startswith("waiting"):
+                empty = fading[:, -len(slots) :] < 0
             else:  # the token at position p is in slot p % size
                 empty = slots >= cache.lengths[:, None]
             part[empty] = value
@@ -588,7 +618,7 @@ def test_empty_slots_do_not_count(tiny_model, form, changes, sizes, seen, conten
 
 def test_poison_shows_where_tokens_are(tiny_model):
     """The same numbers in slots that do hold tokens change the logits: the test above looks at the right places."""
-    model, ids = tiny_model(dtype=torch.float64), random_ids(1, 21)
+    model, ids = tiny_model(dtype=torch.float64), random_ids(1, 22)
     want = whole(model, ids)[:, 20:]
     for name in ("key", "value"):
         for span, slots in memory_slots(model.config, "bmojo").items():
@@ -596,6 +626,11 @@ def test_poison_shows_where_tokens_are(tiny_model):
             read(model, cache, ids[:, :20])
             cache.layers[0].state[name][:, :, slots] = 1e4
             assert (read(model, cache, ids[:, 20:]) - want).abs().max() > 1e-6, (name, span)
+        cache = BMojoCache(model.config)
+        read(model, cache, ids[:, :20])
+        cache.layers[0].state[f"waiting_{name}"].fill_(1e4)
+        assert_close(read(model, cache, ids[:, 20:21]), want[:, :1])  # the last of its chunk: what waits is not seen
+        assert (read(model, cache, ids[:, 21:]) - want[:, 1:]).abs().max() > 1e-6
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from bmojo_tests.reference import select as select_by_definition
 
 
 LOSS_TOLERANCE = 1e-6  # transformers' loss function computes in float32, whatever the logits are
-W, C = 5, 3  # sliding_window and eidetic_chunk_size of the tiny model
+W, C = 7, 3  # sliding_window and eidetic_chunk_size of the tiny model
 EVERY_LAYER = ["bmojo", "mamba2", "sliding_attention", "mamba", "full_attention", "bmojo"]
 PARTIAL = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.6}
 FALCON_H1 = {
@@ -703,7 +703,9 @@ def test_a_stream_may_be_anywhere(make, variant, far, even):
     _, _, cache = stream(model, ids[:, :31], [])
     _, _, moved = stream(model, ids[:, :31], [])
     slots = memory_slots(config, "bmojo")
-    rings = slots["window"].stop, 2 * config.sliding_window, config.eidetic_chunk_size, config.innovation_kernel
+    fading = slots["fading"].stop - slots["fading"].start
+    rings = slots["window"].stop, fading, 2 * config.sliding_window - fading, config.eidetic_chunk_size
+    rings = *filter(None, rings), config.innovation_kernel
     shift = far // math.lcm(*rings) * math.lcm(*rings)
     turn = rotary_table(torch.tensor([[shift]]), *rotary_frequencies(config), torch.float32)
     moved.lengths += shift
@@ -713,6 +715,8 @@ def test_a_stream_may_be_anywhere(make, variant, far, even):
     for layer in moved.layers:
         for name in ("window", "fading"):
             layer.state["key"][:, :, slots[name]] = rotate(layer.state["key"][:, :, slots[name]], *turn)
+        if "waiting_key" in layer.state:
+            layer.state["waiting_key"] = rotate(layer.state["waiting_key"], *turn)
         if config.eidetic_size:
             positions = layer.state["eidetic_position"]
             layer.state["eidetic_position"] = torch.where(positions >= 0, positions + shift, -1)
