@@ -17,13 +17,14 @@ What is measured, batch 1, each model with its own kind of cache:
     decode    one token after a context that a prefill has read
     memory    growth of the peak memory in a training step and in a prefill, each in a process of its own
 
-All models stand in one process and take turns, --rounds times, so that a machine that slows down slows all alike. The
-tables show medians, and medians of the ratios inside a round. A call that would take longer than --limit seconds is not
+All models stand in one process and take turns, --rounds times, so that a machine that slows down slows all alike; decoding,
+contexts of all lengths do too. The tables show medians, and medians of the ratios inside a round. A call that would take longer than --limit seconds is not
 made: it shows as "> 300 s (est. 1,160 s)", judged by the growth between shorter lengths. Results go to --output as they
 come: results.json (every single time), table.md, and time.png and memory.png where matplotlib is installed.
 """
 
 import argparse
+import copy
 import datetime
 import gc
 import math
@@ -275,19 +276,21 @@ class Benchmark:
             for call in CALLS.values():
                 call(model, make_tokens(32, self.sizes, self.options.device))  # the first call of a kind is slower
         gc.freeze()  # modules and models stay: collections need not look at them
-        tasks = [(m, n) for m, lengths in self.options.lengths.items() for n in sorted(lengths)]
-        tasks = [(measure, length) for measure, length in tasks if measure.split()[0] in self.options.measures]
-        with tqdm(total=len(tasks) * len(self.models)) as self.progress:
-            for measure, length in tasks:
-                records = [{"measure": measure, "entrant": name, "length": length} for name in self.models]
-                self.records |= {(measure, record["entrant"], length): record for record in records}
+        asked = {m: sorted(n) for m, n in self.options.lengths.items() if m.split()[0] in self.options.measures}
+        tasks = [(m, [length]) for m, lengths in asked.items() if m != "decode" for length in lengths]
+        if "decode" in asked:  # tokens are compared between contexts, too: so these take turns as well
+            tasks.append(("decode", asked["decode"]))
+        with tqdm(total=sum(len(lengths) for _, lengths in tasks) * len(self.models)) as self.progress:
+            for measure, lengths in tasks:
+                pairs = [(length, name) for length in lengths for name in self.models]
+                records = [{"measure": measure, "entrant": name, "length": length} for length, name in pairs]
+                self.records |= {(measure, record["entrant"], record["length"]): record for record in records}
                 (self.measure_peaks if measure.startswith("memory") else self.measure_times)(records)
                 (self.output / "table.md").write_text(make_report(self.about, self.records), encoding="utf-8")
         gc.unfreeze()
 
     def measure_times(self, records: list[dict]):
-        """Let all entrants take turns at one case."""
-        measure, length = records[0]["measure"], records[0]["length"]
+        """Let all entrants take turns, at one length or, decoding, at all of them."""
         for turn in range(self.options.rounds):
             for record in records:
                 self.show_progress(record, first=not turn)
@@ -306,8 +309,8 @@ class Benchmark:
                 self.about["core_share"] = round(self.clocks[0] / self.clocks[1], 3)
                 gc.collect()
                 self.write_json()
-        if measure == "decode":
-            self.contexts = {key: cache for key, cache in self.contexts.items() if key[1] != length}
+        if records[0]["measure"] == "decode":
+            self.contexts = {}
 
     def take_turn(self, record: dict) -> list[float]:
         """Seconds of the calls in one turn of an entrant: one, or some tokens of decoding."""
@@ -323,7 +326,7 @@ class Benchmark:
         if (name, length) not in self.contexts:
             self.contexts[name, length] = self.time_call("prefill", name, length)[1]
         step, token = self.models[name].eval(), make_tokens(1, self.sizes, self.options.device)
-        arguments = {"input_ids": token, "use_cache": True} | self.contexts[name, length]
+        arguments = {"input_ids": token, "use_cache": True} | copy.deepcopy(self.contexts[name, length])
         with torch.no_grad():
             return [timed(self.options.device, step, **arguments)[0] for _ in range(self.options.decode_tokens)]
 
@@ -422,6 +425,12 @@ class Table:
             return show(statistics.median(rounds))
         return record.get("skipped", "-") + (f" (est. {show(record['estimate'])} s)" if "estimate" in record else "")
 
+    def show_growth(self, records: list[dict]) -> list[str]:
+        """The figures of an entrant against its first, the median over the rounds, in which they took turns."""
+        first, *others = map(self.rounds, records)
+        ratios = [[b / a for a, b in zip(first, other, strict=False)] for other in others]
+        return [f"{statistics.median(found):.2f}" if found else "-" for found in ratios]
+
     def show_ratio(self, ours: dict, theirs: dict) -> str:
         """Ours / theirs, the median over the rounds; by the estimate, and marked so, where theirs was too slow."""
         pairs = zip(self.rounds(ours), self.rounds(theirs), strict=False)  # a slow entrant has fewer rounds
@@ -478,6 +487,9 @@ def make_report(about: dict, records: dict) -> str:
             points = {name: table.medians(records, name) for name in found}
             rows = {name: [f"{growth_exponent(points[name]):.2f}"] for name in found if len(points[name]) > 1}
             lines += markdown("Growth of the prefill's time", ["exponent of the length"], rows)
+        if table.title == "Decoding" and len(lengths) > 1:
+            rows = {name: table.show_growth(found[name]) for name in found}
+            lines += markdown(f"Decoding: a token against one after {lengths[0]}", lengths[1:], rows)
         for name in (name for name in found if ENTRANTS[name].ours):
             rows = {peer: list(map(table.show_ratio, found[name], found[peer])) for peer in peers}
             lines += markdown(f"{table.title}: {ENTRANTS[name].label} / peer", lengths, rows)
