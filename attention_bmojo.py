@@ -30,7 +30,7 @@ from .kernels_bmojo import (
 from .linear_bmojo import project
 from .norms_bmojo import BMojoRMSNorm
 from .numerics_bmojo import as_dtype, at_least_float32, no_autocast, widen
-from .ops_bmojo import hash_scores, predict
+from .ops_bmojo import exchange_slots, hash_scores, predict
 from .ssm_bmojo import SSM_CLASSES, BMojoConv1d
 
 
@@ -424,33 +424,34 @@ class BMojoMixer(BMojoWindowAttention):
 
     def cross_boundary(self, state, call: Call):
         """The state after a chunk boundary: the c tokens that the boundary lets in, merged for the rows at one."""
-        positions = call.past_column - self.window - self.chunk + 1 + torch.arange(self.chunk, device=call.past.device)
         names = ("key", "value", "window_innovation", "eidetic_innovation", "eidetic_position")
         key, value, innovation, position = update_memory(
             *(state[name] for name in names),
-            *(call.past, call.step.boundary, *call.table(positions.clamp(min=0), inverse=True)),
+            *(call.past, call.step.boundary, *call.once("entering", partial(self.entering, call))),
             in_place=call.may_overwrite(state["key"]) and call.may_overwrite(state["value"]),
         )
         return state | {"key": key, "value": value, "eidetic_innovation": innovation, "eidetic_position": position}
 
+    def entering(self, call: Call):
+        """Cos and sin that turn the keys of the tokens back that may enter the memory at a boundary."""
+        positions = call.past_column - self.window - self.chunk + 1 + torch.arange(self.chunk, device=call.past.device)
+        return call.table(positions.clamp(min=0), inverse=True)
+
     def exchange(self, state, call: Call):
-        """Keys and values after a chunk boundary, where the chunk's fading tokens go to wait, and as many come to be seen."""
-        ring, heads, head_dim = self.rings["fading"], *state["key"].shape[1::2]
-        last = (
-            call.past_column - ring.period + torch.arange(ring.period, device=call.past.device)
-        )  # the chunk's tokens
-        front, behind = self.slots["fading"].start + (last - ring.size) % ring.front, last % ring.waiting
-        front, behind = (slots[:, None, :, None].expand(-1, heads, -1, head_dim) for slots in (front, behind))
-        boundary, new = call.step.boundary[:, :, None, None], {}
+        """Keys and values after a chunk boundary: the chunk's fading tokens go to wait, and as many come to be seen."""
+        front, behind = call.once(("exchanged", self.layer_type), partial(self.exchanged, call))
+        rows, new = None if call.filled is not None else call.step.boundary, {}
         for name in ("key", "value"):
-            held, waiting = state[name], state[f"waiting_{name}"]
-            read, ripe = held.gather(2, front), waiting.gather(2, behind)
-            for where, slots, tensor, tokens in (
-                (name, front, held, torch.where(boundary, ripe, read)),
-                (f"waiting_{name}", behind, waiting, torch.where(boundary, read, ripe)),
-            ):
-                new[where] = call.scatter(tensor, 2, slots, tokens, call.may_overwrite(tensor))
+            pair = state[name], state[f"waiting_{name}"]
+            in_place = all(map(call.may_overwrite, pair))
+            new[name], new[f"waiting_{name}"] = exchange_slots(*pair, front, behind, rows, in_place=in_place)
         return new
+
+    def exchanged(self, call: Call):
+        """The slots whose tokens `exchange` exchanges, (rows, chunk) in keys and values and in those that wait."""
+        ring = self.rings["fading"]
+        read = call.past_column - ring.period + torch.arange(ring.period, device=call.past.device)
+        return self.slots["fading"].start + (read - ring.size) % ring.front, read % ring.waiting
 
     # -- many tokens ---------------------------------------------------------------------------------------------------
 
@@ -595,9 +596,8 @@ class BMojoMixer(BMojoWindowAttention):
         found = found.masked_fill((torch.arange(memory.shape[1], device=memory.device) >= used)[..., None], -1)
         if torch.compiler.is_compiling():
             return found
-        if call.chunks is None:
-            call.chunks = max(1, int(used.max()))  # asked once a call: a GPU has to answer
-        return found[:, : call.chunks]
+        chunks = call.once("chunks", lambda: max(1, int(used.max())))  # a GPU has to answer
+        return found[:, :chunks]
 
 
 class BMojoFMixer(BMojoMixer):

@@ -84,8 +84,7 @@ class Call:
         state_only: nothing asks for what a layer says, only for its new state.
         columns: in the cache after the call, padding included; None without cache, or while a compiler traces.
         even: whether all columns before the call held a token.
-        rings: by ring what `write_ring` needs to know, once it has been worked out.
-        chunks: how many chunks have tokens, once a layer has asked.
+        known: what a layer has worked out that others ask for, too (`once`).
     """
 
     def __init__(
@@ -113,15 +112,21 @@ class Call:
         self.phase, self.lead = phase, lead
         self.step, self.state_only = step, state_only
         self.columns, self.even = columns, even
-        self.rings, self.chunks = {}, None
+        self.known = {}
 
     def fields(self) -> dict:
         """What it was made of; not what was worked out since, which another call finds for itself."""
-        return {name: value for name, value in vars(self).items() if name not in ("rings", "chunks")}
+        return {name: value for name, value in vars(self).items() if name != "known"}
 
     def but(self, **changes) -> "Call":
         """The call with other fields."""
         return Call(**self.fields() | changes)
+
+    def once(self, name, work_out: Callable):
+        """What `work_out()` returns, and returned when the first layer asked for what goes by that name."""
+        if name not in self.known:
+            self.known[name] = work_out()
+        return self.known[name]
 
     @property
     def seq_len(self) -> int:
@@ -340,9 +345,7 @@ def timeline(new, held, ring: Ring, call: Call, start, length: int):
 def write_ring(held, new, call: Call, ring: Ring | None = None):
     """What a ring holds after the call, every row's last real tokens; by default that in which position p is in slot p % size."""
     ring = ring or Ring(held.shape[1])
-    if ring not in call.rings:
-        call.rings[ring] = _find_newest(ring, held.shape[0], call)
-    index, is_new, before = call.rings[ring]
+    index, is_new, before = call.once(ring, lambda: _find_newest(ring, held.shape[0], call))
     newest = take_rows(new, index).to(held.dtype)
     if is_new is None:
         return newest

@@ -559,3 +559,28 @@ def update_memory(
             kept[:, :, start:] = tokens
         new.append(kept if in_place else torch.cat([kept[:, :, :start], tokens], 2))
     return *new, scores.gather(1, index), torch.cat([eidetic_position, positions], 1).gather(1, index)
+
+
+def exchange_slots(a, b, a_slots, b_slots, boundary=None, in_place: bool = False):
+    """Keys or values in two tensors after some of their slots have changed places.
+
+    Args:
+        a, b: (rows, num_key_value_heads, slots, head_dim), contiguous; the number of slots may differ.
+        a_slots, b_slots: which with which, (rows, n) int64, none twice.
+        boundary: (rows, 1) bool, the rows in which they do; None: in all.
+        in_place: a and b are overwritten.
+
+    Returns:
+        a and b after it.
+    """
+    rows, heads, _, head_dim = a.shape
+    count, pair = a_slots.shape[1], torch.arange(rows * heads, device=a.device).view(rows, heads, 1)
+    a_slots, b_slots = ((x.shape[2] * pair + slots[:, None]).flatten() for x, slots in ((a, a_slots), (b, b_slots)))
+    new = [x.view(-1, head_dim) for x in (a, b)]
+    to_b, to_a = new[0].index_select(0, a_slots), new[1].index_select(0, b_slots)
+    if boundary is not None:
+        swap = boundary.repeat_interleave(heads * count, 0)
+        to_b, to_a = torch.where(swap, to_b, to_a), torch.where(swap, to_a, to_b)
+    for place, slots, tokens in ((0, a_slots, to_a), (1, b_slots, to_b)):
+        new[place] = (new[place].index_copy_ if in_place else new[place].index_copy)(0, slots, tokens)
+    return new[0].view_as(a), new[1].view_as(b)

@@ -257,10 +257,10 @@ def selection_options(shape: Shape) -> dict:
 
 
 def draw_cache(shape: Shape, draw):
-    """A full cache: a query sees w of the w + c slots of the window, w of the 2w fading ones, and the memory."""
-    window, chunk = shape.window, shape.chunk
-    slot = torch.arange(3 * window + chunk + shape.memory)
-    seen = (slot < window) | ((slot >= window + chunk) & (slot < 2 * window + chunk)) | (slot >= 3 * window + chunk)
+    """A full cache: a query sees w of the w + c slots of the window, as many of the fading ones, and the memory."""
+    window, ring = shape.window, shape.window + shape.chunk
+    slot = torch.arange(2 * ring + shape.memory)
+    seen = (slot % ring < window) | (slot >= 2 * ring)
     query = draw(shape.streams, 1, shape.heads, shape.head_dim) * shape.head_dim**-0.5
     key, value = (draw(shape.streams, shape.kv_heads, len(slot), shape.head_dim) for _ in range(2))
     mask = torch.zeros(1, 1, len(slot)).masked_fill(~seen, -torch.inf)
@@ -277,7 +277,7 @@ def bytes_of_cache(shape: Shape, tensors) -> int:
 def draw_boundary(shape: Shape, draw):
     """A full cache at the beginning of a chunk."""
     rows, ring = shape.streams, shape.window + shape.chunk
-    slots = ring + 2 * shape.window + shape.memory
+    slots = 2 * ring + shape.memory
     key, value = (draw(rows, shape.kv_heads, slots, shape.head_dim) for _ in range(2))
     scores = [draw(rows, size, wide=True).abs() for size in (ring, shape.memory)]
     positions = torch.arange(shape.memory, device=key.device).expand(rows, -1)
