@@ -545,9 +545,9 @@ class BMojoMixer(BMojoWindowAttention):
             }
             before |= {name: tokens[name].new_zeros(rows, self.memory, *key.shape[2:]) for name in ("key", "value")}
         else:
-            ring, held = (
-                self.rings["window"],
+            held, ring = (
                 {name: self.in_cache(state, name, "window") for name in ("key", "value")},
+                self.rings["window"],
             )
             at = ring.positions(call.past_column - 1).clamp(min=0)
             held["key"] = rotate(held["key"].to(key.dtype), *call.table(at, inverse=True))
@@ -596,7 +596,7 @@ class BMojoMixer(BMojoWindowAttention):
         found = found.masked_fill((torch.arange(memory.shape[1], device=memory.device) >= used)[..., None], -1)
         if torch.compiler.is_compiling():
             return found
-        chunks = call.once("chunks", lambda: max(1, int(used.max())))  # a GPU has to answer
+        chunks = call.once("chunks", lambda: max(1, int(used.max())))  # once a call: a GPU has to answer
         return found[:, :chunks]
 
 

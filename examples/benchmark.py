@@ -17,10 +17,11 @@ What is measured, batch 1, each model with its own kind of cache:
     decode    one token after a context that a prefill has read
     memory    growth of the peak memory in a training step and in a prefill, each in a process of its own
 
-All models stand in one process and take turns, --rounds times, so that a machine that slows down slows all alike; decoding,
-contexts of all lengths do too. The tables show medians, and medians of the ratios inside a round. A call that would take longer than --limit seconds is not
-made: it shows as "> 300 s (est. 1,160 s)", judged by the growth between shorter lengths. Results go to --output as they
-come: results.json (every single time), table.md, and time.png and memory.png where matplotlib is installed.
+All models stand in one process and take turns, --rounds times, so that a machine that slows down slows all alike;
+decoding, contexts of all lengths do too. The tables show medians, and medians of the ratios inside a round. A call that
+would take longer than --limit seconds is not made: it shows as "> 300 s (est. 1,160 s)", judged by the growth between
+shorter lengths. Results go to --output as they come: results.json (every single time), table.md, and time.png and
+memory.png where matplotlib is installed.
 """
 
 import argparse
