@@ -207,7 +207,7 @@ def test_the_convolution_as_a_target(tiny_model, ids, ssm_type):
     with pytest.warns(UserWarning, match="Merging is not supported"):
         model = peft.get_peft_model(base, config)
     assert torch.equal(logits(model, ids), before)
-    losses = train(model, ids, steps=6)
+    losses = train(model, ids, steps=6, lr=0.01)
     assert losses[-1] < losses[0]
     with pytest.raises(NotImplementedError, match="Merging is not supported"):
         model.merge_adapter()

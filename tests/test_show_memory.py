@@ -149,7 +149,7 @@ def test_slider_has_the_memories_of_all_chunks(program, reading):
     reading, output = reading
     page = Page(program.make_page(reading))
     data = json.loads(page.data)
-    assert (data["tokens"], data["window"], data["chunk"], data["size"]) == (200, 5, 3, 4)
+    assert (data["tokens"], data["window"], data["chunk"], data["size"]) == (200, 7, 3, 4)
     assert re.search(r'type="range" min="0" max="(\d+)" value="(\d+)"', program.make_page(reading)).groups() == (
         "66",
         "66",
