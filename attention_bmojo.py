@@ -13,6 +13,7 @@ from .call_bmojo import (
     last_rows,
     memory_rings,
     predictor_weights,
+    rearrange,
     score_scale,
     take_rows,
     timeline,
@@ -193,17 +194,21 @@ class BMojoWindowAttention(BMojoAttention):
         self.first_slots = {name: self.slots[span].start for name, span in names.items() if span in self.slots}
 
     def in_cache(self, state, name: str, span: str):
-        """One memory's part of the state's "key" or "value", and of what waits to be seen, (rows, slots, kv heads, head_dim)."""
-        held = state[name][:, :, self.slots[span]]
+        """The slots of one memory in the state's "key" or "value", (rows, slots, kv heads, head_dim)."""
+        return state[name][:, :, self.slots[span]].transpose(1, 2)
+
+    def in_ring(self, state, name: str, span: str) -> list:
+        """All slots of a ring, in the parts that it lies in: those `in_cache`, and of fading tokens those that wait."""
+        parts = [self.in_cache(state, name, span)]
         if span == "fading" and self.rings[span].waiting:
-            held = torch.cat([held, state[f"waiting_{name}"]], 2)
-        return held.transpose(1, 2)
+            parts.append(state[f"waiting_{name}"].transpose(1, 2))
+        return parts
 
     def with_past(self, tokens, span: str, call: Call, state, base, reach: int, length: int):
         """Keys and values for the `reach` positions before base and the `length` from there; without past the call's own."""
         if call.past is None:
             return tokens
-        past, ring = (self.in_cache(state, name, span) for name in ("key", "value")), self.rings[span]
+        past, ring = (self.in_ring(state, name, span) for name in ("key", "value")), self.rings[span]
         return tuple(
             timeline(new, held, ring, call, base - reach, reach + length)
             for new, held in zip(tokens, past, strict=True)
@@ -220,15 +225,16 @@ class BMojoWindowAttention(BMojoAttention):
         """
         new = {}
         for place, name in enumerate(("key", "value")):
-            parts = [
-                write_ring(self.in_cache(state, name, span), tokens[place], call, self.rings[span]).transpose(1, 2)
-                for span, tokens in spans.items()
-            ]
-            if waiting := "fading" in spans and self.rings["fading"].waiting:
-                parts[-1], waits = parts[-1].tensor_split((-waiting,), 2)
-                new[f"waiting_{name}"] = waits.clone(memory_format=torch.contiguous_format)
-            parts += [memory.transpose(1, 2).to(state[name].dtype) for memory in eidetic[place : place + 1]]
-            new[name] = torch.cat(parts, 2)
+            parts = [write_ring(self.in_cache(state, name, "window"), spans["window"][place], call)]
+            if "fading" in spans:
+                ring = self.rings["fading"]
+                held = rearrange(self.in_ring(state, name, "fading"), spans["fading"][place], ring, call)
+                parts.append(held[:, : ring.front])
+                if ring.waiting:
+                    waits = held[:, ring.front :].transpose(1, 2)
+                    new[f"waiting_{name}"] = waits.clone(memory_format=torch.contiguous_format)
+            parts += [memory.to(state[name].dtype) for memory in eidetic[place : place + 1]]
+            new[name] = torch.cat([part.transpose(1, 2) for part in parts], 2)
         return new
 
     def put(self, state, call: Call, key, value):
@@ -553,7 +559,7 @@ class BMojoMixer(BMojoWindowAttention):
             held["key"] = rotate(held["key"].to(key.dtype), *call.table(at, inverse=True))
             held["innovation"] = state["window_innovation"]
             start, slots = base - self.window - self.chunk + 1, -(-length // self.chunk) * self.chunk
-            tokens = {name: timeline(token, held[name], ring, call, start, slots) for name, token in tokens.items()}
+            tokens = {name: timeline(token, [held[name]], ring, call, start, slots) for name, token in tokens.items()}
             slots = torch.arange(slots, device=key.device)
             positions = start + slots
             exists = (positions >= 0) & (positions < call.end())

@@ -268,7 +268,6 @@ class Ring:
     """Where the last `size` tokens of a row lie: the one at position p in slot p % size."""
 
     size: int
-    moves = False  # a token stays in its slot
 
     def slots(self, positions, last):
         """Slots of tokens at `positions` (rows or 1, n), of those that are held when the newest is at `last` (rows or 1, 1)."""
@@ -298,10 +297,6 @@ class FadingRing(Ring):
         return self.size - self.front
 
     @property
-    def moves(self) -> bool:
-        return self.waiting > 0
-
-    @property
     def period(self) -> int:
         return self.front - self.size // 2
 
@@ -326,7 +321,7 @@ def timeline(new, held, ring: Ring, call: Call, start, length: int):
 
     Args:
         new: tokens of the call, (rows, seq_len, ...).
-        held: the last tokens before them, as they lie in a ring, (rows, ring.size, ...).
+        held: the last tokens before them, as they lie in a ring, in parts (rows, slots, ...).
         ring: says how.
         start: position of slot 0, (rows, 1) int64.
         length: number of slots.
@@ -336,36 +331,41 @@ def timeline(new, held, ring: Ring, call: Call, start, length: int):
         another token, or what the ring began with.
     """
     positions = start + torch.arange(length, device=new.device)
+    return take_rows(torch.cat([*(part.to(new.dtype) for part in held), new], 1), _find(positions, ring, call))
+
+
+def rearrange(held, new, ring: Ring, call: Call):
+    """What a ring holds after the call, every row's last real tokens, for any ring; held and new as for `timeline`."""
+    index = call.once(ring, lambda: _find(ring.positions(call.end() - 1), ring, call)).expand(len(new), ring.size)
+    if call.lengths is None and call.seq_len >= ring.size:
+        return take_rows(new, index - ring.size).to(held[0].dtype)
+    return take_rows(torch.cat([*held, new.to(held[0].dtype)], 1), index)
+
+
+def _find(positions, ring: Ring, call: Call):
+    """Where tokens are in a ring's slots and, behind them, the tokens of the call; past the call's end it is its last."""
     past = call.past_column
-    in_new = ring.size + (positions - past).clamp(max=new.shape[1] - 1)
-    index = torch.where(positions >= past, in_new, ring.slots(positions, past - 1))
-    return take_rows(torch.cat([held.to(new.dtype), new], 1), index)
+    in_new = ring.size + (positions - past).clamp(max=call.seq_len - 1)
+    return torch.where(positions >= past, in_new, ring.slots(positions, past - 1))
 
 
-def write_ring(held, new, call: Call, ring: Ring | None = None):
-    """What a ring holds after the call, every row's last real tokens; by default that in which position p is in slot p % size."""
-    ring = ring or Ring(held.shape[1])
-    index, is_new, before = call.once(ring, lambda: _find_newest(ring, held.shape[0], call))
-    newest = take_rows(new, index).to(held.dtype)
+def write_ring(ring, new, call: Call):
+    """The ring after the call: position p in slot p % size, for every row's last real tokens."""
+    size = ring.shape[1]
+    index, is_new = call.once(size, lambda: _find_newest(Ring(size), ring.shape[0], call))
+    newest = take_rows(new, index).to(ring.dtype)
     if is_new is None:
         return newest
-    if before is not None:
-        held = take_rows(held, before)
-    return torch.where(is_new.view(*is_new.shape, *[1] * (held.dim() - 2)), newest, held)
+    return torch.where(is_new.view(*is_new.shape, *[1] * (ring.dim() - 2)), newest, ring)
 
 
 def _find_newest(ring: Ring, rows: int, call: Call):
-    """For every slot of a ring which token of the call belongs in it, and whether there is one (None: in all).
-
-    And in which slot the token was before that belongs in it else; None: in the same.
-    """
+    """For every slot of a ring the token of the call that belongs in it, and whether there is one (None: in all)."""
     position = ring.positions(call.end() - 1)
     index = (position - call.past_column).clamp(min=0, max=call.seq_len - 1).expand(rows, ring.size)
     if call.lengths is None and call.seq_len >= ring.size:
-        return index, None, None
-    is_new = ((position >= call.past_column) & (position >= 0)).expand(rows, ring.size)
-    before = ring.slots(position, call.past_column - 1) if ring.moves and call.past is not None else None
-    return index, is_new, None if before is None else before.expand(rows, ring.size)
+        return index, None
+    return index, ((position >= call.past_column) & (position >= 0)).expand(rows, ring.size)
 
 
 def last_rows(previous, new, lengths):
