@@ -10,10 +10,10 @@ from torch import nn
 from .cache_bmojo import ROOM, memory_slots
 from .call_bmojo import (
     Call,
+    Ring,
     last_rows,
     memory_rings,
     predictor_weights,
-    rearrange,
     score_scale,
     take_rows,
     timeline,
@@ -225,16 +225,17 @@ class BMojoWindowAttention(BMojoAttention):
         """
         new = {}
         for place, name in enumerate(("key", "value")):
-            parts = [write_ring(self.in_cache(state, name, "window"), spans["window"][place], call)]
-            if "fading" in spans:
-                ring = self.rings["fading"]
-                held = rearrange(self.in_ring(state, name, "fading"), spans["fading"][place], ring, call)
-                parts.append(held[:, : ring.front])
-                if ring.waiting:
-                    waits = held[:, ring.front :].transpose(1, 2)
-                    new[f"waiting_{name}"] = waits.clone(memory_format=torch.contiguous_format)
-            parts += [memory.to(state[name].dtype) for memory in eidetic[place : place + 1]]
-            new[name] = torch.cat([part.transpose(1, 2) for part in parts], 2)
+            parts = []
+            for span, tokens in spans.items():
+                held = write_ring(tokens[place], self.in_ring(state, name, span), self.rings[span], call).transpose(
+                    1, 2
+                )
+                slots = self.slots[span].stop - self.slots[span].start
+                parts.append(held[:, :, :slots])
+                if held.shape[2] > slots:
+                    new[f"waiting_{name}"] = held[:, :, slots:].clone(memory_format=torch.contiguous_format)
+            parts += [memory.transpose(1, 2).to(state[name].dtype) for memory in eidetic[place : place + 1]]
+            new[name] = torch.cat(parts, 2)
         return new
 
     def put(self, state, call: Call, key, value):
@@ -317,7 +318,8 @@ class BMojoMixer(BMojoWindowAttention):
             memory = self.innovation(signal, call, state)
             if state is not None and "history" in state:
                 if call.step is None:
-                    new["history"] = write_ring(state["history"], signal, call)
+                    held = state["history"]
+                    new["history"] = write_ring(signal, [held], Ring(held.shape[1]), call)
                 else:
                     new["history"] = call.put(state["history"], 1, call.step.output, signal)
         attend = self.attend if call.step is None else self.attend_single
@@ -478,7 +480,7 @@ class BMojoMixer(BMojoWindowAttention):
             memory, after = self.memories(entries, call, base, length)
             if state is not None:
                 kept = {f"eidetic_{name}": take_rows(entries[name], after) for name in entries}
-                kept["window_innovation"] = write_ring(state["window_innovation"], score, call)
+                kept["window_innovation"] = write_ring(score, [state["window_innovation"]], self.rings["window"], call)
             positions, chosen = self.seen(entries["position"], memory, call, base), (entries, memory)
         mixed = None if call.state_only else self.mix(u, spans, chosen, call, state, base, length)
         if state is not None:

@@ -334,38 +334,20 @@ def timeline(new, held, ring: Ring, call: Call, start, length: int):
     return take_rows(torch.cat([*(part.to(new.dtype) for part in held), new], 1), _find(positions, ring, call))
 
 
-def rearrange(held, new, ring: Ring, call: Call):
-    """What a ring holds after the call, every row's last real tokens, for any ring; held and new as for `timeline`."""
+def write_ring(new, held, ring: Ring, call: Call):
+    """What a ring holds after the call, every row's last real tokens, (rows, ring.size, ...); arguments as of `timeline`."""
     index = call.once(ring, lambda: _find(ring.positions(call.end() - 1), ring, call)).expand(len(new), ring.size)
-    if call.lengths is None and call.seq_len >= ring.size:
-        return take_rows(new, index - ring.size).to(held[0].dtype)
-    return take_rows(torch.cat([*held, new.to(held[0].dtype)], 1), index)
+    new = new.to(held[0].dtype)
+    if call.lengths is None and call.seq_len >= ring.size:  # nothing that was held stays
+        return take_rows(new, index - ring.size)
+    return take_rows(torch.cat([*held, new], 1), index)
 
 
 def _find(positions, ring: Ring, call: Call):
-    """Where tokens are in a ring's slots and, behind them, the tokens of the call; past the call's end it is its last."""
+    """Where tokens are in a ring's slots with the call's tokens behind them; what is not there yet, the last of these."""
     past = call.past_column
     in_new = ring.size + (positions - past).clamp(max=call.seq_len - 1)
     return torch.where(positions >= past, in_new, ring.slots(positions, past - 1))
-
-
-def write_ring(ring, new, call: Call):
-    """The ring after the call: position p in slot p % size, for every row's last real tokens."""
-    size = ring.shape[1]
-    index, is_new = call.once(size, lambda: _find_newest(Ring(size), ring.shape[0], call))
-    newest = take_rows(new, index).to(ring.dtype)
-    if is_new is None:
-        return newest
-    return torch.where(is_new.view(*is_new.shape, *[1] * (ring.dim() - 2)), newest, ring)
-
-
-def _find_newest(ring: Ring, rows: int, call: Call):
-    """For every slot of a ring the token of the call that belongs in it, and whether there is one (None: in all)."""
-    position = ring.positions(call.end() - 1)
-    index = (position - call.past_column).clamp(min=0, max=call.seq_len - 1).expand(rows, ring.size)
-    if call.lengths is None and call.seq_len >= ring.size:
-        return index, None
-    return index, ((position >= call.past_column) & (position >= 0)).expand(rows, ring.size)
 
 
 def last_rows(previous, new, lengths):
