@@ -50,6 +50,12 @@ def test_results_agree_with_the_times(benchmark, sizes, tmp_path):
         section = table.split(f"### {title}: B'MOJO, SSD / peer")[1].split("###")[0]
         row = next(line for line in section.splitlines() if line.startswith("| Mistral |"))
         assert float(row.split("|")[-2]) == pytest.approx(ratio, abs=0.006)
+    section = table.split("### Decoding: a token against one after 16")[1].split("###")[0]
+    for name, label in (("bmojo", "B'MOJO, SSD"), ("mistral", "Mistral")):
+        short, long = ([statistics.median(t) for t in records["decode", name, n]["seconds"]] for n in (16, 32))
+        growth = statistics.median(b / a for a, b in zip(short, long, strict=True))
+        row = next(line for line in section.splitlines() if line.startswith(f"| {label} |"))
+        assert float(row.split("|")[-2]) == pytest.approx(growth, abs=0.006)
     for name in ("machine", "torch", "transformers", "date", "command"):
         assert results[name] in table
     for name in ("time.png", "memory.png"):
