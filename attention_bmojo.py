@@ -227,13 +227,12 @@ class BMojoWindowAttention(BMojoAttention):
         for place, name in enumerate(("key", "value")):
             parts = []
             for span, tokens in spans.items():
-                held = write_ring(tokens[place], self.in_ring(state, name, span), self.rings[span], call).transpose(
-                    1, 2
-                )
-                slots = self.slots[span].stop - self.slots[span].start
-                parts.append(held[:, :, :slots])
-                if held.shape[2] > slots:
-                    new[f"waiting_{name}"] = held[:, :, slots:].clone(memory_format=torch.contiguous_format)
+                held = write_ring(tokens[place], self.in_ring(state, name, span), self.rings[span], call)
+                front, slots = held.transpose(1, 2), self.slots[span].stop - self.slots[span].start
+                if held.shape[1] > slots:
+                    front, waiting = front.tensor_split((slots,), 2)
+                    new[f"waiting_{name}"] = waiting.clone(memory_format=torch.contiguous_format)
+                parts.append(front)
             parts += [memory.transpose(1, 2).to(state[name].dtype) for memory in eidetic[place : place + 1]]
             new[name] = torch.cat(parts, 2)
         return new
@@ -553,10 +552,8 @@ class BMojoMixer(BMojoWindowAttention):
             }
             before |= {name: tokens[name].new_zeros(rows, self.memory, *key.shape[2:]) for name in ("key", "value")}
         else:
-            held, ring = (
-                {name: self.in_cache(state, name, "window") for name in ("key", "value")},
-                self.rings["window"],
-            )
+            ring = self.rings["window"]
+            held = {name: self.in_cache(state, name, "window") for name in ("key", "value")}
             at = ring.positions(call.past_column - 1).clamp(min=0)
             held["key"] = rotate(held["key"].to(key.dtype), *call.table(at, inverse=True))
             held["innovation"] = state["window_innovation"]

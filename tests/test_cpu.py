@@ -1006,7 +1006,7 @@ def test_generation_on_either_kind_of_processor(models, own_products, monkeypatc
         got = torch.cat([model(token, cache=cache).logits for token in ids.split(1, 1)], 1)
         exact = copy.deepcopy(model).double()(ids).logits
     error, error_at_once = rel_error(got.double(), exact), rel_error(want.double(), exact)
-    assert error < (1e-5 if dtype is torch.float32 else 1.5 * error_at_once)  # bfloat16 has 8 bits
+    assert error < (1e-5 if dtype is torch.float32 else 1.25 * error_at_once)  # bfloat16 has 8 bits
     assert bool(calls) == own_products
 
 
