@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cache_bmojo import ROOM, memory_slots
+from .cache_bmojo import ROOM, Ring, memory_rings, memory_slots
 from .call_bmojo import (
     Call,
-    Ring,
     last_rows,
-    memory_rings,
     predictor_weights,
     score_scale,
     take_rows,
@@ -200,7 +198,7 @@ class BMojoWindowAttention(BMojoAttention):
     def in_ring(self, state, name: str, span: str) -> list:
         """All slots of a ring, in the parts that it lies in: those `in_cache`, and of fading tokens those that wait."""
         parts = [self.in_cache(state, name, span)]
-        if span == "fading" and self.rings[span].waiting:
+        if self.rings[span].waiting:
             parts.append(state[f"waiting_{name}"].transpose(1, 2))
         return parts
 
@@ -208,11 +206,8 @@ class BMojoWindowAttention(BMojoAttention):
         """Keys and values for the `reach` positions before base and the `length` from there; without past the call's own."""
         if call.past is None:
             return tokens
-        past, ring = (self.in_ring(state, name, span) for name in ("key", "value")), self.rings[span]
-        return tuple(
-            timeline(new, held, ring, call, base - reach, reach + length)
-            for new, held in zip(tokens, past, strict=True)
-        )
+        past = [self.in_ring(state, name, span) for name in ("key", "value")]
+        return timeline(tokens, past, self.rings[span], call, base - reach, reach + length)
 
     def into_cache(self, state, spans: dict, call: Call, *eidetic):
         """Keys and values of the state after the call.
@@ -227,10 +222,10 @@ class BMojoWindowAttention(BMojoAttention):
         for place, name in enumerate(("key", "value")):
             parts = []
             for span, tokens in spans.items():
-                held = write_ring(tokens[place], self.in_ring(state, name, span), self.rings[span], call)
-                front, slots = held.transpose(1, 2), self.slots[span].stop - self.slots[span].start
-                if held.shape[1] > slots:
-                    front, waiting = front.tensor_split((slots,), 2)
+                ring = self.rings[span]
+                front = write_ring(tokens[place], self.in_ring(state, name, span), ring, call).transpose(1, 2)
+                if ring.waiting:
+                    front, waiting = front.tensor_split((-ring.waiting,), 2)
                     new[f"waiting_{name}"] = waiting.clone(memory_format=torch.contiguous_format)
                 parts.append(front)
             parts += [memory.transpose(1, 2).to(state[name].dtype) for memory in eidetic[place : place + 1]]
@@ -558,7 +553,8 @@ class BMojoMixer(BMojoWindowAttention):
             held["key"] = rotate(held["key"].to(key.dtype), *call.table(at, inverse=True))
             held["innovation"] = state["window_innovation"]
             start, slots = base - self.window - self.chunk + 1, -(-length // self.chunk) * self.chunk
-            tokens = {name: timeline(token, [held[name]], ring, call, start, slots) for name, token in tokens.items()}
+            past = [[held[name]] for name in tokens]
+            tokens = dict(zip(tokens, timeline(tokens.values(), past, ring, call, start, slots), strict=True))
             slots = torch.arange(slots, device=key.device)
             positions = start + slots
             exists = (positions >= 0) & (positions < call.end())

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,7 +72,7 @@ def state_shapes(config, layer_type: str, columns: int = 0) -> dict[str, tuple[t
     if slots:
         total = max(part.stop for part in slots.values())
         shapes |= dict.fromkeys(("key", "value"), ((heads, total, head_dim), "model"))
-    if "fading" in slots and (waiting := 2 * config.sliding_window - (slots["fading"].stop - slots["fading"].start)):
+    if waiting := sum(ring.waiting for ring in memory_rings(config, layer_type).values()):
         shapes |= dict.fromkeys(("waiting_key", "waiting_value"), ((heads, waiting, head_dim), "model"))
     if "eidetic" in slots:
         memory = config.eidetic_size
@@ -95,24 +96,84 @@ def convolved_widths(config, kind: str) -> list[int]:
     return [x * config.mamba_head_dim, B * config.state_size, config.n_groups * config.state_size]
 
 
+@dataclass(frozen=True)
+class Ring:
+    """Where the last `size` tokens of a row lie: the one at position p in slot p % size."""
+
+    size: int
+    waiting = 0  # slots, the last ones, that are not among those a token reads
+
+    def slots(self, positions, last):
+        """Slots of tokens at `positions` (rows or 1, n), of those that are held when the newest is at `last` (rows or 1, 1)."""
+        return positions % self.size
+
+    def positions(self, last):
+        """Position held by each slot when the newest token is at `last` (rows or 1, 1); negative where empty."""
+        return last - (last - torch.arange(self.size, device=last.device)) % self.size
+
+
+@dataclass(frozen=True)
+class FadingRing(Ring):
+    """Where the last 2w fading tokens lie: in front those that are seen while a chunk lasts, behind them those that wait.
+
+    A token is seen from age w on. So while the chunk of c tokens lasts that begins at s, tokens from s - w + c on are not:
+    they wait, but for those of the chunk itself, each of which takes the slot of the token 2w before it, the last to see
+    that one. When the next chunk begins, they exchange places with the c tokens that have waited longest. Both parts are
+    rings on their own, of `front` = w + c and w - c slots.
+
+    With `front` = 2w none waits, and c is w here.
+    """
+
+    front: int
+
+    @property
+    def waiting(self) -> int:
+        return self.size - self.front
+
+    @property
+    def period(self) -> int:
+        return self.front - self.size // 2
+
+    def slots(self, positions, last):
+        begun = last - last % self.period
+        old = positions < begun
+        front = torch.where(old, positions, positions - self.size) % self.front
+        if not self.waiting:
+            return front
+        waits = old & (positions >= begun - self.waiting)
+        return torch.where(waits, self.front + positions % self.waiting, front)
+
+    def positions(self, last):
+        begun = last - last % self.period
+        front = Ring(self.front).positions(begun - self.waiting - 1)
+        front = torch.where(front <= last - self.size, front + self.size, front)
+        return torch.cat([front, Ring(self.waiting).positions(begun - 1)], 1) if self.waiting else front
+
+
+def memory_rings(config, layer_type: str) -> dict[str, Ring]:
+    """How the tokens of a layer lie in those of its memories that are rings, "window" and "fading", as far as it has them.
+
+    The window holds w + c tokens where there is an eidetic memory, since a token that has left the window may wait c tokens
+    for the next chunk boundary. Fading tokens wait where c is at most half of w.
+    """
+    window, chunk = config.sliding_window, config.eidetic_chunk_size
+    if layer_type == "sliding_attention":
+        return {"window": Ring(window)}
+    if layer_type not in BMOJO_TYPES:
+        return {}
+    rings = {"window": Ring(window + (chunk if layer_type == "bmojo" and config.eidetic_size else 0))}
+    if config.fading_span:
+        rings["fading"] = FadingRing(2 * window, window + (chunk if 2 * chunk <= window else window))
+    return rings
+
+
 def memory_slots(config, layer_type: str) -> dict[str, slice]:
     """Which slots of a layer's keys and values belong to which memory: "window", "fading", "eidetic", as far as it has them.
 
-    The window is a ring: the token at position p is in its slot p % size. It holds w + c tokens, since a token that has left
-    the window may wait c tokens for the next chunk boundary. Of the last 2w fading tokens those are here, w + c of them, that
-    some token of the chunk sees, and the others in "waiting_key" and "waiting_value" (`call_bmojo.FadingRing`); all of them
-    where c is more than half of w.
+    Of the `memory_rings` they are those that a token reads; what waits is in "waiting_key" and "waiting_value".
     """
-    window, chunk = config.sliding_window, config.eidetic_chunk_size
-    sizes = {}
-    if layer_type == "sliding_attention":
-        sizes["window"] = window
-    if layer_type in BMOJO_TYPES:
-        memory = config.eidetic_size if layer_type == "bmojo" else 0
-        sizes["window"] = window + (chunk if memory else 0)
-        if config.fading_span:
-            sizes["fading"] = window + (chunk if 2 * chunk <= window else window)
-        sizes["eidetic"] = memory
+    sizes = {name: ring.size - ring.waiting for name, ring in memory_rings(config, layer_type).items()}
+    sizes["eidetic"] = config.eidetic_size if layer_type == "bmojo" else 0
     slots, start = {}, 0
     for name, size in sizes.items():
         if size:

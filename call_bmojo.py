@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cache_bmojo import memory_slots
+from .cache_bmojo import Ring, memory_rings, memory_slots
 from .configuration_bmojo import BMOJO_TYPES, SSM_TYPES
 from .layout_bmojo import PackedLayout, Rows
 from .numerics_bmojo import as_dtype, at_least_float32
@@ -263,79 +263,32 @@ def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1).index_select(0, (rows + index).flatten()).view(*index.shape, *x.shape[2:])
 
 
-@dataclass(frozen=True)
-class Ring:
-    """Where the last `size` tokens of a row lie: the one at position p in slot p % size."""
-
-    size: int
-
-    def slots(self, positions, last):
-        """Slots of tokens at `positions` (rows or 1, n), of those that are held when the newest is at `last` (rows or 1, 1)."""
-        return positions % self.size
-
-    def positions(self, last):
-        """Position held by each slot when the newest token is at `last` (rows or 1, 1); negative where empty."""
-        return last - (last - torch.arange(self.size, device=last.device)) % self.size
-
-
-@dataclass(frozen=True)
-class FadingRing(Ring):
-    """Where the last 2w fading tokens lie: in front those that are seen while a chunk lasts, behind them those that wait.
-
-    A token is seen from age w on. So while the chunk of c tokens lasts that begins at s, tokens from s - w + c on are not:
-    they wait, but for those of the chunk itself, each of which takes the slot of the token 2w before it, the last to see
-    that one. When the next chunk begins, they exchange places with the c tokens that have waited longest. Both parts are
-    rings on their own, of `front` = w + c and w - c slots.
-
-    With `front` = 2w none waits, and c is w here.
-    """
-
-    front: int
-
-    @property
-    def waiting(self) -> int:
-        return self.size - self.front
-
-    @property
-    def period(self) -> int:
-        return self.front - self.size // 2
-
-    def slots(self, positions, last):
-        begun = last - last % self.period
-        old = positions < begun
-        front = torch.where(old, positions, positions - self.size) % self.front
-        if not self.waiting:
-            return front
-        waits = old & (positions >= begun - self.waiting)
-        return torch.where(waits, self.front + positions % self.waiting, front)
-
-    def positions(self, last):
-        begun = last - last % self.period
-        front = Ring(self.front).positions(begun - self.waiting - 1)
-        front = torch.where(front <= last - self.size, front + self.size, front)
-        return torch.cat([front, Ring(self.waiting).positions(begun - 1)], 1) if self.waiting else front
-
-
-def timeline(new, held, ring: Ring, call: Call, start, length: int):
+def timeline(tokens, past, ring: Ring, call: Call, start, length: int) -> list[torch.Tensor]:
     """Lay out past and new tokens by position: slot i holds the token at position start + i.
 
     Args:
-        new: tokens of the call, (rows, seq_len, ...).
-        held: the last tokens before them, as they lie in a ring, in parts (rows, slots, ...).
+        tokens: tensors of the call's tokens, (rows, seq_len, ...).
+        past: for each the last tokens before them, as they lie in a ring, in parts (rows, slots, ...).
         ring: says how.
         start: position of slot 0, (rows, 1) int64.
         length: number of slots.
 
     Returns:
-        (rows, length, ...). What is not held (before position 0, overwritten in the ring, or behind the call) is
+        (rows, length, ...) of each. What is not held (before position 0, overwritten in the ring, or behind the call) is
         another token, or what the ring began with.
     """
-    positions = start + torch.arange(length, device=new.device)
-    return take_rows(torch.cat([*(part.to(new.dtype) for part in held), new], 1), _find(positions, ring, call))
+    index = _find(start + torch.arange(length, device=start.device), ring, call)
+    both = (
+        torch.cat([*(part.to(new.dtype) for part in held), new], 1) for new, held in zip(tokens, past, strict=True)
+    )
+    return [take_rows(x, index) for x in both]
 
 
 def write_ring(new, held, ring: Ring, call: Call):
-    """What a ring holds after the call, every row's last real tokens, (rows, ring.size, ...); arguments as of `timeline`."""
+    """What a ring holds after the call, every row's last real tokens, (rows, ring.size, ...).
+
+    new and held are tokens of the call and the parts in which those before them lie, as for `timeline`.
+    """
     index = call.once(ring, lambda: _find(ring.positions(call.end() - 1), ring, call)).expand(len(new), ring.size)
     new = new.to(held[0].dtype)
     if call.lengths is None and call.seq_len >= ring.size:  # nothing that was held stays
@@ -373,15 +326,6 @@ def score_scale(config) -> float:
     return config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
 
 
-def memory_rings(config, layer_type: str) -> dict[str, Ring]:
-    """How tokens lie in those of the `memory_slots` that are rings, "window" and "fading"."""
-    sizes = {name: slots.stop - slots.start for name, slots in memory_slots(config, layer_type).items()}
-    rings = {"window": Ring(sizes["window"])} if "window" in sizes else {}
-    if "fading" in sizes:
-        rings["fading"] = FadingRing(2 * config.sliding_window, sizes["fading"])
-    return rings
-
-
 def step_plan(config) -> SimpleNamespace:
     """What `make_step` reads of the configuration, whose own attributes are slow to read."""
     names = (
@@ -410,8 +354,8 @@ def make_step(config, past, like: torch.Tensor, table: Callable, scaling: float)
         written, visible = [], []
         for span, newest in (("window", 0), ("fading", config.sliding_window)):
             if span in slots:
-                ring, start, stop = config.rings[layer_type][span], slots[span].start, slots[span].stop
-                age = position - ring.positions(position)[:, : stop - start]
+                ring, start = config.rings[layer_type][span], slots[span].start
+                age = position - ring.positions(position)[:, : ring.size - ring.waiting]
                 visible.append((age >= newest) & (age < newest + config.sliding_window) & (age <= position))
                 written.append(start + ring.slots(position, position))
         if "eidetic" in slots:  # filled from the back with the tokens that have left the window at the chunk's start

@@ -11,8 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bmojo.cache_bmojo import GROWING, ROOM, BMojoCache, cache_bytes, memory_slots
-from bmojo.call_bmojo import FadingRing, memory_rings
+from bmojo.cache_bmojo import GROWING, ROOM, BMojoCache, FadingRing, cache_bytes, memory_rings, memory_slots
 
 
 WINDOW = 7  # of the tiny models; their chunks are of 3

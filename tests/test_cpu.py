@@ -845,6 +845,7 @@ MODELS = {
         "innovation_predictor": "learnable",
     },
 }
+MODELS["short_window"] = MODELS["every_layer"] | {"sliding_window": 5}
 STEPS_OF_TRAINING = [
     *((name, "plain") for name in MODELS),
     *((name, kind) for name in ("mamba2", "mamba", "every_layer") for kind in ("padded", "packed", "checkpointed")),
@@ -998,15 +999,13 @@ def test_generation_on_either_kind_of_processor(models, own_products, monkeypatc
     calls = []
     chosen = linear_bmojo.linear_of_row
     monkeypatch.setattr(linear_bmojo, "linear_of_row", lambda *args: calls.append(args) or chosen(*args))
-    model = copy.deepcopy(models("every_layer")).to(dtype)
+    model = copy.deepcopy(models("short_window")).to(dtype)
     ids = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(1))
     cache = BMojoCache(model.config)
     with torch.no_grad():
         want = model(ids).logits
         got = torch.cat([model(token, cache=cache).logits for token in ids.split(1, 1)], 1)
-        exact = copy.deepcopy(model).double()(ids).logits
-    error, error_at_once = rel_error(got.double(), exact), rel_error(want.double(), exact)
-    assert error < (1e-5 if dtype is torch.float32 else 1.25 * error_at_once)  # bfloat16 has 8 bits
+    assert rel_error(got.float(), want.float()) < (1e-5 if dtype is torch.float32 else 0.05)
     assert bool(calls) == own_products
 
 
